@@ -1,0 +1,18 @@
+"""DataModules and what they are made of: images, degradations, datasets, benchmarks, embedded photos."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.datamodules import Photos, SRData
+
+__all__ = ["Photos", "SRData"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # asked for, so Lightning may be imported; `import data.photos` alone stays light
+        from data import datamodules
+
+        return getattr(datamodules, name)
+    raise AttributeError(f"module 'data' has no attribute {name!r}")

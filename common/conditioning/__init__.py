@@ -1,0 +1,1 @@
+"""What a denoiser is told besides the image: text, learned embeddings."""

@@ -1,0 +1,1 @@
+"""Denoising networks, each behind one call that gives eps and x0."""

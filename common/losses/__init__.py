@@ -1,0 +1,54 @@
+"""Losses that more than one paper uses; each gives one value per image, (B,), and the caller takes the mean."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from common.losses.adversarial import discriminator_loss, generator_loss
+from common.losses.checks import check_range_01
+from common.losses.dists import DISTS, EADISTS, sobel_magnitude
+from common.losses.lpips import EALPIPS, LPIPS
+from common.losses.pixel import l1, mse
+from common.losses.vgg import VGGTrunk
+
+__all__ = [
+    "DISTS",
+    "EADISTS",
+    "EALPIPS",
+    "LPIPS",
+    "VGGTrunk",
+    "build_image_loss",
+    "check_range_01",
+    "discriminator_loss",
+    "generator_loss",
+    "l1",
+    "mse",
+    "sobel_magnitude",
+]
+
+ImageLoss = Callable[[Tensor, Tensor], Tensor]
+
+_PIXEL = {"mse": mse, "l1": l1}
+_FEATURE = {"dists": DISTS, "ea_dists": EADISTS, "lpips": LPIPS, "ea_lpips": EALPIPS}
+
+
+def build_image_loss(name: str, weights: str = "random", width: float = 1.0) -> ImageLoss:
+    """Make a loss by name, to be called as `loss(x_01, y_01)` with two (B, 3, H, W) batches in [0, 1]; gives (B,).
+
+    Args:
+        name: `mse`, `l1`, `dists`, `ea_dists`, `lpips` or `ea_lpips`. The first two are functions, the others modules
+            that have to be moved to the images' device.
+        weights: `pretrained`, `random` or a path, as for `VGGTrunk`; the pixel losses have none.
+        width: Factor on the number of channels of `random` weights.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: `name` is unknown; the message lists the names.
+    """
+    if name in _PIXEL:
+        return _PIXEL[name]
+    if name in _FEATURE:
+        return _FEATURE[name](weights, width)
+    raise ValueError(f"name={name!r} is no image loss; use one of {', '.join([*_PIXEL, *_FEATURE])}.")

@@ -1,0 +1,1 @@
+"""Synthetic degradations: the second-order Real-ESRGAN pipeline, its published settings, and clean bicubic."""

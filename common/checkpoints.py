@@ -1,0 +1,96 @@
+"""Checkpoints of what is trained: parameters that a method declares trainable, and the buffers beside them.
+
+The frozen base (often gigabytes) is never written; it comes from `pretrained` again. Loading is therefore not strict in
+torch's sense, but stricter in ours: every trainable key must be there and no unknown one may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def matching(module: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
+    """A module's parameters whose dotted names fit one of the patterns (as in file names: `unet.*lora_*`).
+
+    Raises:
+        ValueError: A pattern fits no parameter.
+    """
+    patterns = tuple(patterns)
+    named = dict(module.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(f"trainable pattern {pattern!r} fits no parameter of {type(module).__name__}")
+    return {name: value for name, value in named.items() if any(fnmatchcase(name, p) for p in patterns)}
+
+
+def kept_keys(module: nn.Module, trainable: Iterable[str]) -> set[str]:
+    """State-dict keys of a checkpoint: the trainable parameters and the persistent buffers of the modules that hold them.
+
+    Args:
+        module: The whole method.
+        trainable: Names of its trainable parameters.
+    """
+    trainable = set(trainable)
+    state = module.state_dict(keep_vars=True)
+    buffers = {name for name, value in state.items() if not isinstance(value, nn.Parameter)}
+    holders = {name.rpartition(".")[0] for name in trainable} | {""}  # "" holds the method's own counters
+    return {name for name in state if name in trainable} | {b for b in buffers if b.rpartition(".")[0] in holders}
+
+
+def check_keys(expected: set[str], found: set[str], source: str) -> None:
+    """Refuse a checkpoint that lacks a trainable parameter or brings an unknown one.
+
+    Raises:
+        ValueError: Naming how many keys, the first of them, and what to do.
+    """
+    missing, unknown = sorted(expected - found), sorted(found - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"{source} does not fit this model: {len(missing)} trained keys missing {missing[:2]}, {len(unknown)} "
+            f"unknown {unknown[:2]}; use the configuration it was trained with (config.yaml beside its checkpoints)"
+        )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's dict with torch's safe loader.
+
+    Raises:
+        FileNotFoundError: There is no such file; the checkpoints beside it are named.
+        ValueError: The file is not a checkpoint, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        nearest = next((parent for parent in path.parents if parent.is_dir()), Path("."))
+        beside = ", ".join(sorted(str(p.relative_to(nearest)) for p in nearest.rglob("*.ckpt"))[:5]) or "none"
+        raise FileNotFoundError(f"ckpt_path={path}: no such file; checkpoints under {nearest}: {beside}")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    return checkpoint
+
+
+def load_trained_weights(module: nn.Module, path: str | Path, expected: set[str]) -> None:
+    """Fill a method's trained weights from a checkpoint, and nothing else of it (no step, no optimiser).
+
+    Args:
+        module: The method, configured.
+        path: A checkpoint of the same configuration.
+        expected: Keys that it must hold, see `kept_keys`; counters at the root are left as they are.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    state: Mapping[str, Tensor] = checkpoint["state_dict"]
+    check_keys(expected, set(state), f"init_from={path}")
+    weights = {name: value for name, value in state.items() if "." in name}
+    averages = checkpoint.get("ema", {}).get("average", {})
+    module.load_state_dict({**weights, **averages}, strict=False)

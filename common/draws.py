@@ -1,0 +1,54 @@
+"""Random numbers of training: each depends on (seed, stream, sample) alone.
+
+A sample's index is its place in the whole run's data order, train step times global batch plus the place in it. So a
+resumed run draws what the uninterrupted one would have drawn, and two processes, or two accumulated micro-batches, draw
+what one process with the whole batch draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, stream: str, index: int) -> torch.Generator:
+    """The CPU generator of one sample (or step) and one purpose.
+
+    Args:
+        seed: The run's seed.
+        stream: What is drawn, e.g. "generator/noise"; streams are independent of each other.
+        index: Of the sample in the run's data order, or of the step for draws that a batch shares.
+    """
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class Draws:
+    """The draws of one batch.
+
+    Args:
+        seed: The run's seed.
+        index: Places of the batch's samples in the run's data order, (B,).
+        device: Where the results go; they are drawn on the CPU, so that they are the same everywhere.
+    """
+
+    def __init__(self, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:
+        self.seed, self.index, self.device = seed, [int(i) for i in index], device
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal, (B, *shape), float32."""
+        return self._stack(stream, lambda g: torch.randn(tuple(shape), generator=g))
+
+    def integers(self, stream: str, low: int, high: int) -> Tensor:
+        """Uniform over low .. high, both included, (B,), int64."""
+        return self._stack(stream, lambda g: torch.randint(low, high + 1, (), generator=g))
+
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform over [0, 1), (B,), float32."""
+        return self._stack(stream, lambda g: torch.rand((), generator=g))
+
+    def _stack(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(generator(self.seed, stream, index)) for index in self.index]).to(self.device)

@@ -1,0 +1,72 @@
+"""Exponential moving average of what is trained, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """fp32 averages of named parameters; Lightning's own copies the frozen base too, and misses updates (README).
+
+    Args:
+        decay: Share of the old average kept at each update.
+        warmup: Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, decay: float, warmup: bool = True) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay={decay} is out of range; set a number between 0 and 1, or null for no average")
+        self.decay, self.warmup = decay, warmup
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Move the average towards the parameters; the first call copies them."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        self.updates += 1
+        if not self.average:
+            self.average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+            return
+        for name, parameter in parameters.items():
+            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    @contextmanager
+    def swapped(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Within this context the parameters hold their averages; before the first update nothing changes."""
+        self.swap(parameters)
+        try:
+            yield
+        finally:
+            self.swap(parameters)
+
+    @torch.no_grad()
+    def swap(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Exchange parameters and averages; a second call undoes it exactly."""
+        for name, average in self.average.items():
+            parameter = parameters[name]
+            held = parameter.detach().clone()
+            parameter.copy_(average.to(parameter))
+            self.average[name] = held.to(average)  # exact for float32 parameters, the only ones trained here
+
+    def state_dict(self) -> dict[str, object]:
+        """Averages and their count, plain enough for torch.load's safe default."""
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: Mapping[str, object], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            ValueError: It averages other parameters than these.
+        """
+        average = state["average"]
+        assert isinstance(average, dict)
+        if average and average.keys() != parameters.keys():
+            different = sorted(average.keys() ^ parameters.keys())
+            raise ValueError(f"the checkpoint's EMA differs in {len(different)} parameters, e.g. {different[:3]}")
+        self.updates = int(str(state["updates"]))
+        self.average = {name: value.to(parameters[name].device).clone() for name, value in average.items()}

@@ -1,0 +1,129 @@
+"""The tiny foundation's VAE: f4, 8 latent channels, trained on the embedded training photos only.
+
+Recipe and its traps: README.md beside this file. Reached by `make foundation`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.foundation.schedule import anneal
+
+
+def reconstruction_loss(x_hat: Tensor, x: Tensor, pooled_weight: float) -> Tensor:
+    """L1 + 0.5 MSE, plus the same error after 4x average pooling.
+
+    Colour is learnt last because it is a small part of the pixel error; the pooled term, free of texture, is where a
+    wrong hue shows.
+
+    Args:
+        x_hat: Reconstruction, (B,3,H,W), [-1,1].
+        x: Target, same shape.
+        pooled_weight: Weight of the pooled term.
+
+    Returns:
+        Scalar.
+    """
+    difference = x_hat - x
+    pooled = F.avg_pool2d(difference, 4)
+    fine = difference.abs().mean() + 0.5 * difference.square().mean()
+    return fine + pooled_weight * (2 * pooled.abs().mean() + 4 * pooled.square().mean())
+
+
+class TinyAutoencoder(LightningModule):
+    """Train a small `AutoencoderKL` and save it as a diffusers folder.
+
+    Args:
+        channels: Widths of its levels; two down-samplings for three of them.
+        latent_channels: Channels of the latent.
+        lr: Peak learning rate.
+        kl_weight: Weight of the mean KL divergence of the posterior.
+        pooled_weight: Weight of the colour term, see `reconstruction_loss`.
+        ema_decay: Decay of the averaged weights, which are the ones validated and saved.
+        clip: Gradient norm limit.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (16, 32, 64),
+        latent_channels: int = 8,
+        lr: float = 2e-3,
+        kl_weight: float = 3e-5,
+        pooled_weight: float = 1.0,
+        ema_decay: float = 0.998,
+        clip: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.kl_weight, self.pooled_weight, self.clip = lr, kl_weight, pooled_weight, clip
+        levels = len(channels)
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=channels,
+            latent_channels=latent_channels,
+            layers_per_block=1,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            sample_size=64,
+            scaling_factor=1.0,
+        ).to(memory_format=torch.channels_last)
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
+        self.ema = torch.optim.swa_utils.AveragedModel(self.vae, multi_avg_fn=average)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Reconstruct a sample of the posterior."""
+        x = (batch["hq"] * 2 - 1).contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(x).latent_dist
+        x_hat = self.vae.decode(posterior.sample()).sample
+        reconstruction = reconstruction_loss(x_hat, x, self.pooled_weight)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        self.log_dict({"train/reconstruction": reconstruction, "train/kl": kl}, prog_bar=True)
+        return reconstruction + self.kl_weight * kl
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Average the weights."""
+        self.ema.update_parameters(self.vae)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """PSNR of the averaged autoencoder's reconstruction, in RGB and Y, per crop; also under 10 % latent noise."""
+        x = batch["hq"]
+        z = self.ema.module.encode(x * 2 - 1).latent_dist.mean
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(batch_idx)).to(z)
+        for name, latent in {"": z, "_noisy": z + 0.1 * z.std((0, 2, 3), keepdim=True) * noise}.items():
+            x_hat = (self.ema.module.decode(latent).sample / 2 + 0.5).clamp(0, 1)
+            luma = torch.tensor([65.481, 128.553, 24.966], device=x.device).view(1, 3, 1, 1) / 255
+            rgb = -10 * (x_hat - x).square().mean((1, 2, 3)).log10()
+            y = -10 * ((x_hat - x) * luma).sum(1).square().mean((1, 2)).log10()
+            values = {f"val/psnr_rgb{name}": rgb.mean(), f"val/psnr_y{name}": y.mean()}
+            self.log_dict(values, prog_bar=True, batch_size=len(x))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, constant, then annealed over the last 30 %."""
+        optimizer = torch.optim.AdamW(self.vae.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        return anneal(optimizer, int(self.trainer.estimated_stepping_batches))
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Clip the gradient's norm."""
+        self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+
+    @torch.no_grad()
+    def save_foundation(self, folder: str, batches: Any) -> None:
+        """Write the averaged VAE with the latent statistics of some training batches, in fp16.
+
+        Args:
+            folder: Where to; gets config.json and diffusion_pytorch_model.safetensors.
+            batches: Batches with `hq`, whose latents give `latents_mean` and `latents_std`.
+        """
+        vae = self.ema.module.eval()
+        latents = torch.cat([vae.encode(batch["hq"].to(self.device) * 2 - 1).latent_dist.mean for batch in batches])
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
+        vae.half().save_pretrained(folder)
+        vae.float()

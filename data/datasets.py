@@ -1,0 +1,704 @@
+"""Datasets: photos degraded on the fly, pairs, low-quality images alone, and fixed degraded crops.
+
+Every sample is a dict with `lq` (3, h, w) and, where there is one, `hq` (3, s*h, s*w), both uint8 RGB; `prompt` str;
+`name` str; `index` int. Its random state comes from numbers of its own, never from the worker that makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.degradations.realesrgan import Degradation, bicubic_downsample, sample_rng
+from data.images import (
+    ImageError,
+    Pixels,
+    Source,
+    first_five,
+    image_size,
+    is_image,
+    list_images,
+    read_image,
+    read_table,
+)
+from data.sampler import SampleKey
+
+Sample = dict[str, Any]
+OnError = Literal["skip", "raise"]
+
+log = logging.getLogger(__name__)
+
+
+def to_tensor(image: Pixels) -> Tensor:
+    """(H, W, 3) uint8 array to (3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def check_on_error(on_error: str) -> None:
+    """Refuse anything but "skip" and "raise".
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if on_error not in {"skip", "raise"}:
+        raise ValueError(f"on_error={on_error} is unknown; set on_error to skip or raise")
+
+
+def check_crop_size(crop_size: int, scale: int, argument: str = "crop_size") -> None:
+    """Refuse a crop whose LQ side would not be a whole number of px.
+
+    Raises:
+        ValueError: The scale is below 1, or the crop no positive multiple of it.
+    """
+    if scale < 1:
+        raise ValueError(f"scale={scale} is out of range; set scale >= 1")
+    if crop_size < scale or crop_size % scale:
+        raise ValueError(
+            f"{argument}={crop_size} is no multiple of scale={scale}; "
+            f"set {argument} to {max(1, crop_size // scale) * scale}"
+        )
+
+
+def unique_names(paths: Sequence[Path], root: Path | None = None) -> list[str]:
+    """A name for each file, unique, to call results by.
+
+    Args:
+        paths: Distinct files.
+        root: The folder they were found in: its sub-folders stay in the names. None: the bare stem where that is
+            unique, otherwise with the folders below the common one.
+
+    Returns:
+        Names without extension; files of one stem (`a.png`, `a.jpg`) keep theirs.
+    """
+    if root is None:
+        if len({path.stem for path in paths}) == len(paths):
+            return [path.stem for path in paths]
+        root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
+    relative = [Path(os.path.abspath(path)).relative_to(os.path.abspath(root)) for path in paths]
+    stems = [path.with_suffix("").as_posix() for path in relative]
+    count = Counter(stems)
+    names = [path.as_posix() if count[stem] > 1 else stem for path, stem in zip(relative, stems, strict=True)]
+    return names if len(set(names)) == len(names) else [path.as_posix() for path in relative]
+
+
+class Prompts:
+    """Prompts by image name, from a folder of texts or a table.
+
+    Args:
+        source: A folder (searched recursively) of `<image name>.txt`, or a csv or parquet file with the columns `name`
+            and `prompt`. Names are with or without sub-folders and image extension.
+        argument: Name of the user's argument, for messages.
+
+    Raises:
+        FileNotFoundError: The source does not exist.
+        ValueError: It holds no prompts, or two different ones for a name.
+    """
+
+    def __init__(self, source: str | Path, argument: str = "prompts") -> None:
+        self.source, self.argument = source, argument
+        path = Path(source).expanduser()
+        self._texts: dict[str, str | Path] = {}
+        if path.is_dir():
+            for file in sorted(path.rglob("*.txt")):
+                self._texts[file.relative_to(path).with_suffix("").as_posix()] = file
+        elif path.is_file():
+            rows = read_table(path, argument)
+            if not {"name", "prompt"} <= rows[0].keys():
+                raise ValueError(f"{argument}={source} has columns {', '.join(rows[0])}; it needs name and prompt")
+            for row in rows:
+                name = self._bare(row["name"])
+                if self._texts.setdefault(name, row["prompt"]) != row["prompt"]:
+                    raise ValueError(f"{argument}={source} has two prompts for {name}; leave one")
+        else:
+            raise FileNotFoundError(f"{argument}={source} does not exist; give a folder of <name>.txt or a csv")
+        if not self._texts:
+            raise ValueError(f"{argument}={source} holds no prompts; put one <name>.txt an image there")
+
+    @staticmethod
+    def _bare(name: str) -> str:
+        return os.path.splitext(name)[0] if is_image(name) else name
+
+    def _find(self, name: str) -> str | Path | None:
+        name = self._bare(name)
+        return self._texts.get(name, self._texts.get(name.rsplit("/", 1)[-1]))
+
+    def require(self, names: Sequence[str]) -> None:
+        """Refuse to go on without a prompt for each of the names.
+
+        Raises:
+            ValueError: Some have none; the first five are named.
+        """
+        missing = [name for name in names if self._find(name) is None]
+        if missing:
+            raise ValueError(
+                f"{self.argument}={self.source} has no prompt for {len(missing)} of {len(names)} images: "
+                f"{first_five(missing)}; add them or leave {self.argument} out"
+            )
+
+    def __getitem__(self, name: str) -> str:
+        found = self._find(name)
+        if found is None:
+            raise KeyError(name)
+        return found.read_text(encoding="utf-8-sig").strip() if isinstance(found, Path) else found
+
+
+GivenPrompts = Prompts | Mapping[str, str] | None
+
+
+class _Texts:
+    """The prompt of each image: its manifest's, else the one from `prompts`, else empty."""
+
+    def __init__(self, given: Sequence[str | None], names: Sequence[str], prompts: GivenPrompts) -> None:
+        self.given, self.names, self.prompts = given, names, prompts
+        if isinstance(prompts, Prompts):
+            prompts.require([name for name, prompt in zip(names, given, strict=True) if prompt is None])
+
+    def __getitem__(self, index: int) -> str:
+        prompt = self.given[index]
+        if prompt is not None:
+            return prompt
+        if isinstance(self.prompts, Prompts):
+            return self.prompts[self.names[index]]
+        return (self.prompts or {}).get(self.names[index], "")
+
+
+def degrade(hq: Pixels, degradation: Degradation | None, scale: int, rng: np.random.Generator) -> Pixels:
+    """Make the low-quality image of a crop.
+
+    Args:
+        hq: (s*h, s*w, 3) uint8.
+        degradation: What does it, or None for bicubic down-sampling.
+        scale: The factor s.
+        rng: Where its random numbers come from.
+
+    Returns:
+        (h, w, 3) uint8.
+
+    Raises:
+        ValueError: The degradation's own scale is another.
+    """
+    lq = bicubic_downsample(hq, scale) if degradation is None else degradation(hq, rng)
+    if lq.shape[0] * scale != hq.shape[0] or lq.shape[1] * scale != hq.shape[1]:
+        raise ValueError(
+            f"degradation makes {lq.shape[1]}x{lq.shape[0]} of {hq.shape[1]}x{hq.shape[0]}, which is not "
+            f"scale={scale}; set the degradation's scale to {scale}"
+        )
+    return lq
+
+
+def resize_by(image: Pixels, factor: float) -> Pixels:
+    """Resize by a factor, Lanczos going up and area averaging going down, sides rounded, at least 1 px."""
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    if (height, width) == image.shape[:2]:
+        return image
+    kernel = cv2.INTER_AREA if factor < 1 else cv2.INTER_LANCZOS4
+    return np.asarray(cv2.resize(image, (width, height), interpolation=kernel), dtype=np.uint8)
+
+
+class HQImages(Dataset[Sample]):
+    """Random crops of good photos with their degraded versions; its keys come from StreamSampler.
+
+    A photo smaller than the crop is continued at its right and lower edge by reflection, as the field's loaders do.
+    All that is random in a sample depends on (seed, epoch, index) only.
+
+    Args:
+        source: Photos, see `data.images.list_images`.
+        scale: Super-resolution factor.
+        crop_size: Side of the HQ crop in px, a multiple of the scale.
+        degradation: What makes the LQ crop; None is bicubic down-sampling.
+        seed: First part of every sample's random state.
+        prompts: Prompts of the images whose manifest gives none; without it theirs are empty.
+        on_error: "skip" takes the next photo instead of an unreadable one, which is counted and named once; "raise"
+            stops.
+        flips: Mirror and turn crops at random (all eight positions of a square).
+        rescales: Factors by stem; such a photo is there once for each factor, resized by it.
+        cache: Keep decoded photos in memory; for small sets only.
+        argument: Name of the user's argument, for messages.
+
+    Raises:
+        FileNotFoundError: The source, or a file it lists, does not exist.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        scale: int = 4,
+        crop_size: int = 512,
+        degradation: Degradation | None = None,
+        seed: int = 0,
+        prompts: GivenPrompts = None,
+        on_error: OnError = "skip",
+        flips: bool = True,
+        rescales: Mapping[str, Sequence[float]] | None = None,
+        cache: bool = False,
+        argument: str = "source",
+    ) -> None:
+        check_crop_size(crop_size, scale)
+        check_on_error(on_error)
+        self.scale, self.crop_size, self.degradation, self.seed = scale, crop_size, degradation, seed
+        self.on_error, self.flips, self.cache, self.argument = on_error, flips, cache, argument
+        listed = list_images(source, argument)
+        self.paths = [path for path, _ in listed]
+        distinct = list(dict.fromkeys(self.paths))
+        name_of = dict(zip(distinct, unique_names(distinct), strict=True))
+        self.names = [name_of[path] for path in self.paths]
+        self._texts = _Texts([prompt for _, prompt in listed], self.names, prompts)
+        factors = rescales or {}
+        self._items = [
+            (place, factor) for place, path in enumerate(self.paths) for factor in factors.get(path.stem, (1.0,))
+        ]
+        self._unreadable = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()  # seen by all workers
+        self._cached: dict[tuple[Path, float], Pixels] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def skipped(self) -> list[Path]:
+        """The unreadable files met so far by this process and its workers."""
+        return [self.paths[place] for place in torch.nonzero(self._unreadable).flatten().tolist()]
+
+    def _photo(self, item: int) -> Pixels:
+        place, factor = self._items[item]
+        key = self.paths[place], factor
+        if key in self._cached:
+            return self._cached[key]
+        photo = resize_by(read_image(key[0]), factor)
+        if self.cache:
+            self._cached[key] = photo
+        return photo
+
+    def _readable_photo(self, index: int) -> tuple[int, Pixels]:
+        """Photo of the key's item, or of the next that can be read, and that item."""
+        for item in (*range(index, len(self._items)), *range(index)):
+            place = self._items[item][0]
+            if self._unreadable[place]:
+                continue
+            try:
+                return item, self._photo(item)
+            except ImageError as error:
+                if self.on_error == "raise":
+                    raise
+                self._unreadable[place] = True
+                log.warning("skipped, %d so far: %s", len(self.skipped), error)
+        raise ImageError(
+            f"{self.argument}: none of the {len(self.paths)} images can be read, among them {first_five(self.paths)}; "
+            "replace the files"
+        )
+
+    def _crop(self, photo: Pixels, rng: np.random.Generator) -> Pixels:
+        size = self.crop_size
+        height, width = photo.shape[:2]
+        if height < size or width < size:
+            below, right = max(0, size - height), max(0, size - width)
+            photo = np.pad(photo, ((0, below), (0, right), (0, 0)), mode="reflect")
+        top, left = (int(rng.integers(side - size + 1)) for side in photo.shape[:2])
+        crop = photo[top : top + size, left : left + size]
+        if self.flips:
+            mirrored, turns = bool(rng.integers(2)), int(rng.integers(4))
+            crop = np.rot90(crop[:, ::-1] if mirrored else crop, turns)
+        return np.ascontiguousarray(crop)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        epoch, index, position = key
+        item, photo = self._readable_photo(index)
+        rng = sample_rng(self.seed, epoch, index)  # of the key, so a replacement is another crop than that item's own
+        hq = self._crop(photo, rng)
+        lq = degrade(hq, self.degradation, self.scale, rng)
+        place = self._items[item][0]
+        return {
+            "lq": to_tensor(lq),
+            "hq": to_tensor(hq),
+            "prompt": self._texts[place],
+            "name": self.names[place],
+            "index": position,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A low-quality file, its reference, and the name of both."""
+
+    lq: Path
+    hq: Path
+    name: str
+    prompt: str | None = None
+
+
+def _suffixes(scale: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What may end LQ and HQ stems: Canon_001_LR4 / Canon_001_HR, 0001x4 / 0001, Canon_10_x4 / Canon_10_x1."""
+    lq = re.compile(rf"(?P<base>.+?)(_LR{scale}?|_LQ|_?x{scale})$", re.IGNORECASE)
+    hq = re.compile(r"(?P<base>.+?)(_HR|_HQ|_GT|_?x1)$", re.IGNORECASE)
+    return lq, hq
+
+
+def _base(stem: str, suffix: re.Pattern[str]) -> str:
+    found = suffix.match(stem)
+    return found["base"] if found else stem
+
+
+def _by_stem(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    stems: dict[str, list[Path]] = {}
+    for file in files:
+        stems.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    return stems
+
+
+def match_pairs(lq_dir: Path, hq_dir: Path, scale: int) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Pair the files of two folders by name: equal stems first, then stems without the usual suffixes.
+
+    Both may be one folder (RealSR's own layout); then suffixes alone tell LQ from HQ.
+
+    Args:
+        lq_dir: Folder of LQ images.
+        hq_dir: Folder of HQ images.
+        scale: Super-resolution factor, part of some suffixes.
+
+    Returns:
+        (LQ, HQ) pairs in order of the LQ names, and a complaint about each file without a partner of its own.
+    """
+    lq_suffix, hq_suffix = _suffixes(scale)
+    lq_files = [path for path, _ in list_images(lq_dir, "lq_dir")]
+    hq_files = [path for path, _ in list_images(hq_dir, "hq_dir")]
+    if lq_dir.resolve() == hq_dir.resolve():
+        lq_files = [path for path in lq_files if lq_suffix.match(path.stem)]
+        hq_files = [path for path in hq_files if hq_suffix.match(path.stem)]
+    lq_stems, hq_stems = _by_stem(lq_dir, lq_files), _by_stem(hq_dir, hq_files)
+
+    pairs: list[tuple[Path, Path]] = []
+    complaints: list[str] = []
+
+    def settle(lqs: list[Path], hqs: list[Path]) -> None:
+        if len(lqs) == len(hqs) == 1:
+            pairs.append((lqs[0], hqs[0]))
+        elif lqs and hqs:
+            complaints.append("ambiguous " + " / ".join(str(path) for path in (*lqs, *hqs)))
+        else:
+            side = "LQ without HQ" if lqs else "HQ without LQ"
+            complaints.extend(f"{side} {path}" for path in (*lqs, *hqs))
+
+    for stem in sorted(lq_stems.keys() & hq_stems.keys()):
+        settle(lq_stems.pop(stem), hq_stems.pop(stem))
+    lq_bases: dict[str, list[Path]] = {}
+    hq_bases: dict[str, list[Path]] = {}
+    for bases, stems, suffix in ((lq_bases, lq_stems, lq_suffix), (hq_bases, hq_stems, hq_suffix)):
+        for stem, files in stems.items():
+            bases.setdefault(_base(stem, suffix), []).extend(files)
+    for base in sorted(lq_bases.keys() | hq_bases.keys()):
+        settle(lq_bases.get(base, []), hq_bases.get(base, []))
+    return sorted(pairs), complaints
+
+
+def _pairs_of_csv(table: Path, lq_dir: Path, hq_dir: Path) -> tuple[list[tuple[Path, Path, str | None]], list[str]]:
+    """Pairs as a csv with the columns lq and hq says, relative to the two folders, and what it names in vain."""
+    if not table.is_file():
+        raise FileNotFoundError(f"csv={table} does not exist; give a table with the columns lq and hq")
+    rows = read_table(table, "csv")
+    if not {"lq", "hq"} <= rows[0].keys():
+        raise ValueError(f"csv={table} has columns {', '.join(rows[0])}; it needs lq and hq")
+    pairs: list[tuple[Path, Path, str | None]] = []
+    complaints: list[str] = []
+    for row in rows:
+        lq, hq = lq_dir / row["lq"], hq_dir / row["hq"]
+        absent = [f"missing {path}" for path in (lq, hq) if not path.is_file()]
+        complaints += absent
+        if not absent:
+            pairs.append((lq, hq, row.get("prompt")))
+    return pairs, complaints
+
+
+class Pairs(Dataset[Sample]):
+    """Low-quality images with their references, whole, for validation and test.
+
+    Files are paired by name (equal stem; then without suffixes like _LR4 and _HR, x4, _x1), or as a csv says: never by
+    their position in a listing. Names are those of the LQ files.
+
+    Args:
+        lq_dir: Folder of LQ images.
+        hq_dir: Folder of HQ images.
+        scale: Super-resolution factor.
+        csv: Table with the columns `lq` and `hq` (paths relative to the two folders) and optionally `prompt`; pairs
+            what it lists and nothing else.
+        prompts: Prompts of the LQ images; without it they are empty.
+        on_error: What is done about unreadable, unmatched and ambiguous files: "raise", or "skip" and name them.
+
+    Raises:
+        FileNotFoundError: A folder or the csv does not exist.
+        ValueError: Files do not pair up, or a pair's sizes do not fit the scale; the first five are named.
+    """
+
+    def __init__(
+        self,
+        lq_dir: str | Path,
+        hq_dir: str | Path,
+        scale: int = 4,
+        csv: str | Path | None = None,
+        prompts: GivenPrompts = None,
+        on_error: OnError = "raise",
+    ) -> None:
+        check_on_error(on_error)
+        lq_root, hq_root = Path(lq_dir).expanduser(), Path(hq_dir).expanduser()
+        for argument, folder in (("lq_dir", lq_root), ("hq_dir", hq_root)):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{argument}={folder} is not a folder; give the folder of the images")
+        if csv is None:
+            matched, complaints = match_pairs(lq_root, hq_root, scale)
+            found: list[tuple[Path, Path, str | None]] = [(lq, hq, None) for lq, hq in matched]
+        else:
+            found, complaints = _pairs_of_csv(Path(csv).expanduser(), lq_root, hq_root)
+        where = f"lq_dir={lq_dir}, hq_dir={hq_dir}"
+        if complaints and on_error == "raise":
+            raise ValueError(
+                f"{where}: {len(complaints)} files do not pair up: {first_five(complaints)}; rename them, give "
+                "csv=<table with columns lq,hq>, or set on_error=skip"
+            )
+        found, broken = self._without_broken(found, scale, on_error)
+        complaints += broken
+        if not found:
+            raise ValueError(f"{where}: no pairs found; name LQ and HQ files alike, or give csv=<table>")
+        if complaints:
+            log.warning("%s: skipped %d: %s", where, len(complaints), first_five(complaints))
+        self.scale, self.skipped = scale, complaints
+        lqs = [lq for lq, _, _ in found]
+        if len(set(lqs)) < len(lqs):
+            twice = [path for path, times in Counter(lqs).items() if times > 1]
+            raise ValueError(f"csv={csv} pairs {first_five(twice)} more than once; leave one pair each")
+        names = unique_names(lqs, lq_root if csv is None else None)
+        self.pairs = [Pair(lq, hq, name, prompt) for (lq, hq, prompt), name in zip(found, names, strict=True)]
+        self._texts = _Texts([pair.prompt for pair in self.pairs], names, prompts)
+
+    @staticmethod
+    def _without_broken(
+        found: list[tuple[Path, Path, str | None]], scale: int, on_error: OnError
+    ) -> tuple[list[tuple[Path, Path, str | None]], list[str]]:
+        """Check that every pair can be read and has the right sizes."""
+        good: list[tuple[Path, Path, str | None]] = []
+        broken: list[str] = []
+        same: list[str] = []
+        wrong: list[str] = []
+        for lq, hq, prompt in found:
+            try:
+                (lq_h, lq_w), (hq_h, hq_w) = (
+                    (image_size(path) if on_error == "raise" else read_image(path).shape[:2]) for path in (lq, hq)
+                )
+            except ImageError as error:
+                if on_error == "raise":
+                    raise
+                broken.append(str(error))
+                continue
+            if (hq_h, hq_w) == (lq_h * scale, lq_w * scale):
+                good.append((lq, hq, prompt))
+            elif (hq_h, hq_w) == (lq_h, lq_w):
+                same.append(f"{lq} ({lq_w}x{lq_h})")
+            else:
+                wrong.append(f"{lq} is {lq_w}x{lq_h}, {hq} is {hq_w}x{hq_h}")
+        if same:
+            raise ValueError(
+                f"scale={scale}, but LQ has the size of HQ already in {len(same)} of {len(found)} pairs: "
+                f"{first_five(same)}; such sets hold LQ up-sampled beforehand: give the LQ folder at its own size"
+            )
+        if wrong:
+            raise ValueError(
+                f"scale={scale} does not fit the sizes of {len(wrong)} of {len(found)} pairs: {first_five(wrong)}; "
+                "set scale to the set's factor, or crop HQ to scale times LQ"
+            )
+        return good, broken
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        pair = self.pairs[index]
+        return {
+            "lq": to_tensor(read_image(pair.lq)),
+            "hq": to_tensor(read_image(pair.hq)),
+            "prompt": self._texts[index],
+            "name": pair.name,
+            "index": index,
+        }
+
+
+class LQImages(Dataset[Sample]):
+    """Low-quality images without reference, whole; samples have no `hq`.
+
+    Names are unique: the path below the folder without extension, or with it where two files differ in that alone.
+
+    Args:
+        source: Images, see `data.images.list_images`.
+        prompts: Prompts of the images whose manifest gives none; without it theirs are empty.
+        on_error: "raise" stops at a file without a readable header, and at a damaged one when its turn comes; "skip"
+            reads all files beforehand, names the unreadable ones and goes on without them.
+        argument: Name of the user's argument, for messages.
+
+    Raises:
+        FileNotFoundError: The source, or a file it lists, does not exist.
+        ImageError: A file cannot be read, or none of them.
+        ValueError: There are no images, one is listed twice, or the folder holds pairs (`test_LR` and `test_HR`).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prompts: GivenPrompts = None,
+        on_error: OnError = "raise",
+        argument: str = "source",
+    ) -> None:
+        check_on_error(on_error)
+        root = Path(source).expanduser() if isinstance(source, str | Path) else None
+        if root is not None and root.is_dir():
+            references = next((path for path in sorted(root.rglob("test_HR")) if path.is_dir()), None)
+            if references is not None:
+                raise ValueError(
+                    f"{argument}={source} holds references ({references}) besides LQ images; "
+                    f"give {references.with_name('test_LR')}"
+                )
+        else:
+            root = None
+        listed = list_images(source, argument)
+        twice = [path for path, times in Counter(path for path, _ in listed).items() if times > 1]
+        if twice:
+            raise ValueError(f"{argument}={source} lists {first_five(twice)} more than once; leave one each")
+        self.skipped: list[str] = []
+        if on_error == "skip":
+            listed = [entry for entry in listed if self._can_be_read(entry[0])]
+            if self.skipped:
+                log.warning("%s=%s: skipped %d: %s", argument, source, len(self.skipped), first_five(self.skipped))
+            if not listed:
+                raise ImageError(f"{argument}={source}: none of its images can be read; {self.skipped[0]}")
+        else:
+            for path, _ in listed:
+                image_size(path)
+        self.paths = [path for path, _ in listed]
+        self.names = unique_names(self.paths, root)
+        self._texts = _Texts([prompt for _, prompt in listed], self.names, prompts)
+
+    def _can_be_read(self, path: Path) -> bool:
+        try:
+            read_image(path)
+        except ImageError as error:
+            self.skipped.append(str(error))
+            return False
+        return True
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {
+            "lq": to_tensor(read_image(self.paths[index])),
+            "prompt": self._texts[index],
+            "name": self.names[index],
+            "index": index,
+        }
+
+
+class DegradedCrops(Dataset[Sample]):
+    """A fixed grid of crops of good photos, each degraded under fixed seeds, for validation and test.
+
+    The grid starts at the upper left and leaves out what is over at the right and below. A crop's degradation depends
+    on its name and its seed, so it stays the same when photos are added.
+
+    Args:
+        paths: Photos by name, or a source as in `data.images.list_images`.
+        crop_size: Side of an HQ crop in px, a multiple of the scale.
+        seeds: Each crop is there once for each of them.
+        degradation: What makes the LQ crop; None is bicubic down-sampling.
+        scale: Super-resolution factor.
+        prompts: Prompts of the photos whose manifest gives none; without it theirs are empty.
+        max_crops: Keep at most so many, spread evenly over all; None keeps all.
+        on_error: "raise", or "skip" for photos that cannot be read or are smaller than a crop; they are named.
+        argument: Name of the user's argument, for messages.
+
+    Raises:
+        ValueError: An argument is out of range, or no crop is left.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path] | Source,
+        crop_size: int,
+        seeds: Sequence[int],
+        degradation: Degradation | None,
+        scale: int = 4,
+        prompts: GivenPrompts = None,
+        max_crops: int | None = None,
+        on_error: OnError = "raise",
+        argument: str = "paths",
+    ) -> None:
+        check_crop_size(crop_size, scale)
+        check_on_error(on_error)
+        if not seeds:
+            raise ValueError(f"seeds={list(seeds)} leaves no crops; give at least one seed")
+        if max_crops is not None and max_crops < 1:
+            raise ValueError(f"max_crops={max_crops} leaves no crops; set max_crops >= 1 or null")
+        self.crop_size, self.degradation, self.scale = crop_size, degradation, scale
+        if isinstance(paths, Mapping):
+            self.paths, self.names = list(paths.values()), list(paths)
+            given: list[str | None] = [None] * len(self.paths)
+        else:
+            listed = dict(list_images(paths, argument))
+            self.paths, given = list(listed), list(listed.values())
+            self.names = unique_names(self.paths)
+        self._texts = _Texts(given, self.names, prompts)
+        self.skipped: list[str] = []
+        grid = [
+            (photo, row, column, seed)
+            for photo, path in enumerate(self.paths)
+            for row, column in self._grid(path, on_error)
+            for seed in seeds
+        ]
+        if self.skipped:
+            log.warning("%s: skipped %d: %s", argument, len(self.skipped), first_five(self.skipped))
+        if not grid:
+            raise ValueError(f"{argument}: no photo holds a crop of crop_size={crop_size}; set a smaller crop_size")
+        keep = len(grid) if max_crops is None else min(max_crops, len(grid))
+        self._grid_places = [grid[i * len(grid) // keep] for i in range(keep)]
+        self._last: tuple[int, Pixels] | None = None  # crops come photo by photo
+
+    def _grid(self, path: Path, on_error: OnError) -> list[tuple[int, int]]:
+        try:
+            height, width = image_size(path) if on_error == "raise" else read_image(path).shape[:2]
+            if min(height, width) < self.crop_size:
+                raise ImageError(
+                    f"{path} is {width}x{height}, smaller than crop_size={self.crop_size}; "
+                    "set a smaller crop_size or take the photo out of the set"
+                )
+        except ImageError as error:
+            if on_error == "raise":
+                raise
+            self.skipped.append(str(error))
+            return []
+        return [(row, column) for row in range(height // self.crop_size) for column in range(width // self.crop_size)]
+
+    def __len__(self) -> int:
+        return len(self._grid_places)
+
+    def __getitem__(self, index: int) -> Sample:
+        photo, row, column, seed = self._grid_places[index]
+        if self._last is None or self._last[0] != photo:
+            self._last = photo, read_image(self.paths[photo])
+        size = self.crop_size
+        hq = np.ascontiguousarray(self._last[1][row * size : (row + 1) * size, column * size : (column + 1) * size])
+        crop = f"{self.names[photo]}_r{row}c{column}"
+        lq = degrade(hq, self.degradation, self.scale, sample_rng(seed, 0, zlib.crc32(crop.encode())))
+        return {
+            "lq": to_tensor(lq),
+            "hq": to_tensor(hq),
+            "prompt": self._texts[photo],
+            "name": f"{crop}_s{seed}",
+            "index": index,
+        }

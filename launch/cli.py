@@ -1,0 +1,57 @@
+"""The `isr` command. Nothing heavy is imported before the command is known: `isr --help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from launch.errors import UsageError, report
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("launch.lightning_cli", "train a method: isr fit -c CONFIG [-c OVERLAY ...] [--model.ARG=VALUE ...]"),
+    "validate": ("launch.lightning_cli", "score a checkpoint on the validation images"),
+    "test": ("launch.lightning_cli", "score a checkpoint on the test images, write metrics.csv and the images"),
+    "predict": ("launch.lightning_cli", "upscale a folder of images: --data.predict DIR [--output DIR]"),
+    "parameters": ("launch.parameters", "count a configuration's parameters, network by network, without weights"),
+    "demo": ("launch.demo", "train and test every demo configuration on embedded photos, write the report"),
+    "foundation": ("launch.foundation", "train the embedded tiny foundation again (an hour or two)"),
+}
+
+HELP = (
+    "usage: isr COMMAND [OPTIONS]\n\n"
+    "Five papers on real-world image super-resolution under one protocol.\n\ncommands:\n"
+    + "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
+    + "\n\n  isr COMMAND --help     its options\n"
+    "  --debug                full tracebacks\n\n"
+    "first steps: `make demo`, then README.md\n"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `isr` with these arguments (default: the process's) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise UsageError(f"no command {command!r}; there are {', '.join(COMMANDS)} (isr --help says what they do)")
+        module = importlib.import_module(COMMANDS[command][0])
+        return int(module.run(command, rest) or 0)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, debug)
+
+
+def entry() -> None:
+    """Console-script entry."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,339 @@
+"""`isr demo`: train and test every demo configuration on the embedded photos in one process, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.resources
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.errors import UsageError
+
+if TYPE_CHECKING:
+    from data.datamodules import Photos
+
+_ORDER = re.compile(r"^\d+_")
+_RAW = " (raw)"
+_NOTE = (
+    "This shows that everything runs, on a toy scale: tiny networks, trained for minutes on a few photos. It does not "
+    "rank the papers' methods."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A demo configuration: `papers/<paper>/configs/demo/NN_<name>.yaml`."""
+
+    paper: str
+    name: str
+    config: Path
+
+    @property
+    def label(self) -> str:
+        """How the row is called in the report."""
+        return f"{self.paper}/{self.name}"
+
+    @property
+    def run_name(self) -> str:
+        """Name of the row's run folder."""
+        return f"demo-{self.name}"
+
+
+@dataclass
+class Outcome:
+    """What became of a row: either a run folder or what failed."""
+
+    row: Row
+    folder: Path | None = None
+    steps: int = 0
+    fit_seconds: float = 0.0
+    test_seconds: float = 0.0
+    failure: str = ""
+
+    def said(self) -> str:
+        """What became of the row, in a line."""
+        if self.failure:
+            return f"FAILED in {self.failure}"
+        return f"done: {self.steps} train steps, fit {self.fit_seconds:.0f} s, test {self.test_seconds:.0f} s"
+
+    def source(self) -> str:
+        """A line for the report: where the row comes from."""
+        return (
+            f"{self.row.label}: {_shown(self.row.config)}, {self.steps} train steps, fit {self.fit_seconds:.0f} s, "
+            f"test {self.test_seconds:.0f} s, run folder {self.folder}"
+        )
+
+
+def find_rows(only: Sequence[str] = (), papers: Path | None = None) -> list[Row]:
+    """All demo configurations, papers by name and each paper's by file name.
+
+    Args:
+        only: Keep the rows whose label holds one of these texts; all where it is empty.
+        papers: Folder of the papers; default: the installed package.
+
+    Raises:
+        UsageError: Nothing is left.
+    """
+    root = papers or Path(str(importlib.resources.files("papers")))
+    found = sorted(root.glob("*/configs/demo/*.yaml"), key=lambda path: (path.parents[2].name, path.name))
+    rows = [Row(path.parents[2].name, _ORDER.sub("", path.stem), path) for path in found]
+    kept = [row for row in rows if not only or any(text in row.label for text in only)]
+    if not kept:
+        asked = f"--only {' '.join(only)} matches none of the rows" if only else "there are no demo configurations"
+        raise UsageError(f"{asked}; rows: {', '.join(row.label for row in rows) or f'none under {root}'}")
+    return kept
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run `isr demo` with these arguments.
+
+    Returns:
+        0; 1 where a row failed. The report is written in both cases.
+
+    Raises:
+        UsageError: The arguments select nothing.
+    """
+    options = _parser(command).parse_args(argv)
+    rows, runs = find_rows(options.only), Path(options.runs)
+    start = time.perf_counter()
+    importlib.import_module("launch.lightning_cli")  # some seconds, which are not the first row's
+    data, failed_early = _open_data(rows)
+    setup_seconds = time.perf_counter() - start
+    print(f"demo: {len(rows)} row{'s' if len(rows) > 1 else ''}, set-up {setup_seconds:.0f} s", flush=True)
+    outcomes = []
+    for number, row in enumerate(rows, 1):
+        print(f"demo: row {number} of {len(rows)}: {row.label}", flush=True)
+        outcome = failed_early.get(row.label) or _fit_and_test(row, runs, options.max_steps)
+        outcomes.append(outcome)
+        print(f"demo: row {row.label} {outcome.said()}", flush=True)
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    if data is None:
+        print("demo: no row's data can be had, so there is no report")
+        return 1
+
+    start = time.perf_counter()
+    path, table = _write_report(data, outcomes, runs, options.max_steps)
+    report_seconds = time.perf_counter() - start
+    print(f"\n{table}\n")
+    fit, test = sum(o.fit_seconds for o in outcomes), sum(o.test_seconds for o in outcomes)
+    times = f"set-up {setup_seconds:.0f} s, fit {fit:.0f} s, test {test:.0f} s, report {report_seconds:.0f} s"
+    print(f"demo: {len(outcomes) - len(failed)} of {len(rows)} rows done; {times}")
+    for outcome in failed:
+        print(f"demo: row {outcome.row.label} {outcome.said()}")
+        print(f"demo: alone, with its traceback: isr fit -c {_shown(outcome.row.config)} --debug")
+    print(f"demo: report: {path}")
+    print(f"demo: curves and images: tensorboard --logdir {runs}", flush=True)
+    return 1 if failed else 0
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only rows whose name holds a TEXT")
+    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--max-steps", type=_positive, help="stop every fit after so many steps, for a quick look")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is out of range; give 1 or more")
+    return value
+
+
+def _open_data(rows: Sequence[Row]) -> tuple[Photos | None, dict[str, Outcome]]:
+    """The data module of the rows, and the rows that fail: data unreadable, or other test images than the rest."""
+    import yaml
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningDataModule
+
+    from data.datamodules import Photos
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    common: Photos | None = None
+    failures: dict[str, Outcome] = {}
+    for row in rows:
+        try:
+            config = {"data": yaml.safe_load(row.config.read_text())["data"]}
+            data = parser.instantiate_classes(parser.parse_object(config)).data
+            if not isinstance(data, Photos) or data.test or data.val:
+                raise ValueError(
+                    f"data: {type(data).__name__} with test={getattr(data, 'test', None)} does not test on the embedded "
+                    "photos; set class_path data.Photos and leave val and test null in demo rows"
+                )
+            common = common or data
+            if _test_set(data) != _test_set(common):
+                raise ValueError(
+                    f"data: its test images are {_test_set(data)}, those of the first row {_test_set(common)}; "
+                    "give all demo rows the same"
+                )
+        except Exception as error:  # one row's mistake must not stop the others
+            failures[row.label] = Outcome(row, failure=f"set-up: {_one_line(error)}")
+    return common, failures
+
+
+def _test_set(data: Photos) -> dict[str, Any]:
+    """What decides a data module's test images."""
+    return {
+        "scale": data.scale,
+        "eval_crop_size": data.eval_crop_size,
+        "test_seeds": data.test_seeds,
+        "degradation": data.degradation.config if data.degradation else "bicubic",
+    }
+
+
+def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
+    from common.checkpoints import read_checkpoint
+    from launch.lightning_cli import last_run
+    from launch.lightning_cli import run as lightning
+
+    outcome, stage, start = Outcome(row), "fit", time.perf_counter()
+    common = ["-c", str(row.config), "--runs", str(runs)]
+    before = set((runs / row.paper / row.run_name).glob("version_*"))
+    try:
+        _must_succeed(lightning("fit", [*common, *([f"--trainer.max_steps={max_steps}"] if max_steps else [])]))
+        folder = last_run(runs, row.paper, row.run_name)
+        if folder in before:
+            raise FileNotFoundError(
+                f"the fit left no checkpoints/last.ckpt; the newest one is an earlier run's, {folder}"
+            )
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        outcome.steps = int(read_checkpoint(checkpoint)["global_step"])
+        outcome.fit_seconds = time.perf_counter() - start
+        stage, start = "test", time.perf_counter()
+        _must_succeed(lightning("test", [*common, "--ckpt_path", str(checkpoint)]))
+        _read_scores(folder)
+        outcome.folder = folder
+    except (Exception, SystemExit) as error:  # the other rows still run, and the report names this one
+        outcome.failure = f"{stage}: {_one_line(error)}"
+    setattr(outcome, f"{stage}_seconds", time.perf_counter() - start)
+    return outcome
+
+
+def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_steps: int | None) -> tuple[Path, str]:
+    """Score the baselines and write the report; its path and its table of means."""
+    from launch import baselines, report
+
+    done = [outcome for outcome in outcomes if not outcome.failure]
+    scores = [score for outcome in done for score in _scores(outcome)]
+    data.val_crops = None  # rows may look at few crops while they train; the blurs are chosen on all
+    data.setup("validate")
+    data.setup("test")
+    (dataset,), (val,), (test,) = data.dataset_names["test"], data.val_dataloader(), data.test_dataloader()
+    tested = {score.image for score in scores}
+    samples = [sample for sample in _samples(test) if sample["name"] in tested or not tested]
+    choice = _samples(val)
+    sigmas = baselines.choose_sigmas(choice)
+    metrics = list(dict.fromkeys([*baselines.METRICS, *(score.metric for score in scores)]))
+    plain, images = baselines.score_baselines(samples, dataset, sigmas, metrics)
+    everything = report.Scores([*plain, *scores])
+
+    by_name = {sample["name"]: sample for sample in samples}
+    best_ssim = list(images)[-1]
+    pictures = {
+        name: {
+            "LQ": baselines.pixels(by_name[name]["lq"]),
+            baselines.BICUBIC: images[baselines.BICUBIC][name],
+            best_ssim: images[best_ssim][name],
+            **{outcome.row.label: _read_image(outcome, dataset, name) for outcome in done},
+            "HQ": baselines.pixels(by_name[name]["hq"]),
+        }
+        for name in report.spread(list(by_name))
+    }
+    chosen = ", ".join(f"{baselines.CHOSEN_FOR[metric]} at sigma {sigma:g} px" for metric, sigma in sigmas.items())
+    tried = f"sigma {baselines.SIGMAS[0]:g} to {baselines.SIGMAS[-1]:g} px"
+    notes = [
+        *([f"A quick look: every fit stopped after {max_steps} steps."] if max_steps else []),
+        *(f"The row {o.row.label} is left out, it failed in {o.failure}" for o in outcomes if o.failure),
+        _NOTE,
+        *_random_parts(done),
+        f"The blurs were chosen on {len(choice)} crops of the validation photos, among {tried}: {chosen}.",
+    ]
+    path = report.write_report(
+        runs / "demo" / "report",
+        everything,
+        list(images),
+        pictures,
+        notes,
+        [outcome.source() for outcome in done],
+        "Demo: the methods side by side",
+    )
+    return path, report.means_table(everything, dataset)
+
+
+def _samples(loader: Any) -> list[Any]:
+    """All samples of a loader's data set, as they are."""
+    return [loader.dataset[i] for i in range(len(loader.dataset))]
+
+
+def _must_succeed(code: int) -> None:
+    if code:
+        raise RuntimeError(f"exit code {code}")
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _read_scores(folder: Path) -> list[Any]:
+    from launch.report import read_scores
+
+    return read_scores(folder / "test" / "metrics.csv")
+
+
+def _scores(outcome: Outcome) -> list[Any]:
+    """A row's scores under its label: two papers may have rows of one name."""
+    assert outcome.folder is not None
+    return [
+        replace(score, method=outcome.row.label + (_RAW if score.method.endswith(_RAW) else ""))
+        for score in _read_scores(outcome.folder)
+    ]
+
+
+def _read_image(outcome: Outcome, dataset: str, name: str) -> Any:
+    """Pixels of a test image that a row wrote; None if it did not."""
+    import numpy as np
+    from PIL import Image
+
+    assert outcome.folder is not None
+    path = outcome.folder / "test" / dataset / f"{name}.png"
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _random_parts(outcomes: Sequence[Outcome]) -> list[str]:
+    """A sentence for each setting by which a row's model has random weights, from the runs' saved configurations."""
+    import yaml
+
+    rows: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        assert outcome.folder is not None
+        config = yaml.safe_load((outcome.folder / "config.yaml").read_text())
+        for setting in _random_settings(config["model"], "model"):
+            rows.setdefault(setting, []).append(outcome.row.label)
+    return [f"Random weights instead of trained ones: {setting} ({', '.join(rows[setting])})." for setting in rows]
+
+
+def _random_settings(tree: Mapping[str, Any], prefix: str) -> list[str]:
+    found: list[str] = []
+    for key, value in tree.items():
+        path = prefix if key == "init_args" else f"{prefix}.{key}"
+        if isinstance(value, Mapping):
+            found += _random_settings(value, path)
+        elif isinstance(value, str) and (value == "random" or value.startswith("random:")):
+            width = f", width {tree['width']:g}" if isinstance(tree.get("width"), (int, float)) else ""
+            found.append(f"{path}={value}{width}")
+    return found
+
+
+def _shown(path: Path) -> str:
+    """A path as one types it: from here where it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

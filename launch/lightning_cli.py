@@ -1,0 +1,225 @@
+"""`isr fit | validate | test | predict`: LightningCLI in subclass mode, with its sharp edges filed off.
+
+What differs from plain LightningCLI:
+
+* Runs go to `runs/<paper>/<name>/version_N`; a resumed fit goes on in its own folder.
+* What the user gives, in a config or as a flag, beats the hyper-parameters stored in `--ckpt_path`; the rest comes from
+  there. Each difference is said.
+* The checkpoint, run-information and learning-rate callbacks cannot be dropped by a second config.
+* `predict` streams to files and keeps nothing in memory.
+* Errors are one line.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from common.checkpoints import read_checkpoint
+from launch.callbacks import InitFrom, RunInfo
+from launch.errors import UsageError
+
+_DEMO_ROW = re.compile(r"^\d+_")
+
+
+class Parser(LightningArgumentParser):
+    """Raises its errors as one line instead of printing usage and exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the error, shortened to what the user can act on."""
+        text = " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
+        text = re.sub(r" Expected a <class 'NoneType'>.*?(?=$)", "", text)  # the alternatives of an Optional
+        text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ", "", text)
+        raise UsageError(f"{text}; see isr COMMAND --help") from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole configuration beside a fit's checkpoints."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Only a fit owns its run folder."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class IsrCLI(LightningCLI):
+    """See the file's head."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={"prog": "isr"},
+            trainer_defaults={
+                "use_distributed_sampler": False,  # the data modules share samples out themselves, without repeats
+                "num_sanity_val_steps": 0,
+                "callbacks": [RunInfo(), LearningRateMonitor()],
+            },
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what Lightning lacks."""
+        parser.add_argument("--runs", default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of the run; default: the first config's file name."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 1})
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                default=None,
+                help="Checkpoint whose trained weights to start from, in a new run (--ckpt_path resumes one).",
+            )
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})
+            parser.add_argument("--output", type=str | None, default=None, help="Folder of the upscaled images.")
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; with `--ckpt_path`, once more on top of the checkpoint's hyper-parameters."""
+        args = list(args)
+        stored = _stored_model(args)
+        if stored is None:
+            self.config = parser.parse_args(args)
+            return
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump({"model": stored}, file)
+            file.flush()
+            self.config = parser.parse_args([args[0], "-c", file.name, *args[1:]])
+        chosen = self.config[self.config.subcommand]
+        chosen["config"] = [path for path in chosen.get("config") or [] if str(path) != file.name]
+        self._say_differences(stored)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing left to do: `parse_arguments` has put the checkpoint's hyper-parameters below what the user gave."""
+
+    def _say_differences(self, stored: dict[str, Any]) -> None:
+        given = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]
+        before, now = dict(_leaves(stored)), dict(_leaves(given))
+        for key in sorted(before.keys() | now.keys()):
+            if key in now and before.get(key, now[key]) != now[key]:
+                print(f"isr: model.{key}={now[key]} as given, instead of the checkpoint's {before[key]}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the run its folder, and add what depends on the command."""
+        config = self.config[self.subcommand]
+        if config.trainer.logger is None:
+            kwargs["logger"] = self._run_logger(config)
+        trainer = super().instantiate_trainer(**kwargs)
+        if config.get("init_from"):
+            trainer.callbacks.append(InitFrom(config.init_from))  # type: ignore[attr-defined]  # Lightning's mixin
+        if config.get("output"):
+            self.model.results_dir = Path(config.output)
+        return trainer
+
+    def _run_logger(self, config: Any) -> TensorBoardLogger:
+        """TensorBoard in the run's folder: a new version, or the checkpoint's own."""
+        run = run_folder_of(config.get("ckpt_path"))
+        if run is None or config.name:
+            name = f"{paper_of(config.model.class_path)}/{config.name or _name(config)}"
+            return TensorBoardLogger(config.runs, name, default_hp_metric=False)
+        resumed = {}
+        if self.subcommand == "fit":  # curves go on where the checkpoint stands, not where the process died
+            resumed["purge_step"] = read_checkpoint(config.ckpt_path)["global_step"] + 1
+        name = f"{run.parent.parent.name}/{run.parent.name}"
+        return TensorBoardLogger(run.parents[2], name, run.name, default_hp_metric=False, **resumed)
+
+
+def run(command: str, args: Sequence[str]) -> int:
+    """Run one of the four commands with these arguments and return the exit code.
+
+    Raises:
+        UsageError: The arguments or a config cannot be understood.
+    """
+    IsrCLI([command, *args])
+    return 0
+
+
+def paper_of(class_path: str) -> str:
+    """`papers.dfosd.DFOSD` -> `dfosd`; `common.foundation.autoencoder.X` -> `foundation`."""
+    parts = class_path.split(".")
+    if parts[0] in ("papers", "common") and len(parts) > 2:
+        return parts[1]
+    return parts[0] if len(parts) > 1 else parts[-1].lower()
+
+
+def run_folder_of(ckpt_path: str | None) -> Path | None:
+    """`<runs>/<paper>/<name>/version_N` of a checkpoint inside one, else None."""
+    if not ckpt_path:
+        return None
+    folder = Path(ckpt_path).absolute().parent
+    inside = folder.name == "checkpoints" and folder.parent.name.startswith("version_")
+    return folder.parent if inside else None
+
+
+def last_run(runs: Path, paper: str, name: str) -> Path:
+    """The newest version of a run that has a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folder = Path(runs) / paper / name
+    versions = [p.parent.parent for p in folder.glob("version_*/checkpoints/last.ckpt")]
+    if not versions:
+        raise FileNotFoundError(f"{folder} has no version with checkpoints/last.ckpt; run isr fit first")
+    return max(versions, key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def config_run_name(path: Path) -> str:
+    """Name of the run that a config file makes: its stem; `demo-<row>` for `demo/NN_<row>.yaml`."""
+    if path.parent.name == "demo":
+        return "demo-" + _DEMO_ROW.sub("", path.stem)
+    return path.stem
+
+
+def _name(config: Any) -> str:
+    files = [Path(str(file)) for file in config.get("config") or []]
+    return config_run_name(files[0].absolute()) if files else "default"
+
+
+def _stored_model(args: list[str]) -> dict[str, Any] | None:
+    """class_path and init_args in the checkpoint that the arguments name, if they name one."""
+    path = None
+    for place, arg in enumerate(args):
+        if arg == "--ckpt_path" and place + 1 < len(args):
+            path = args[place + 1]
+        elif arg.startswith("--ckpt_path="):
+            path = arg.partition("=")[2]
+    if path is None or path in ("last", "best", "null", "hpc", "registry"):
+        return None
+    stored = dict(read_checkpoint(path).get("hyper_parameters", {}))
+    stored.pop("_instantiator", None)
+    if "_class_path" not in stored:
+        return None
+    return {"class_path": stored.pop("_class_path"), "init_args": stored}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            inner = prefix if key == "init_args" else f"{prefix}{key}."
+            yield from _leaves(value, inner)
+    else:
+        yield prefix.rstrip("."), tree

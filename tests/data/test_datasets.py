@@ -1,0 +1,427 @@
+"""Contract of data.datasets and data.benchmarks.
+
+- A training sample is a function of (seed, epoch, index); workers, ranks and resumes do not change it.
+- Files are paired by name, never by position, and whatever does not fit is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data.benchmarks import load_benchmark
+from data.datasets import DegradedCrops, HQImages, LQImages, Pairs, Prompts, degrade, resize_by, unique_names
+from data.degradations.config import preset
+from data.degradations.realesrgan import Degradation, bicubic_downsample
+from data.images import ImageError, read_image
+from data.sampler import StreamSampler
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def hwc(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.permute(1, 2, 0).numpy()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for i in range(4):
+        save(tmp_path / "photos" / f"{i}.png", noise(48 + 8 * i, 60, seed=i))
+    return tmp_path / "photos"
+
+
+class TestHQImages:
+    def test_sample_is_a_crop_of_its_photo_and_its_bicubic_half(self, photos: Path) -> None:
+        dataset = HQImages(photos, scale=2, crop_size=32, seed=7, flips=False)
+        sample = dataset[(0, 2, 99)]
+        hq, photo = hwc(sample["hq"]), read_image(photos / "2.png")
+        windows = np.lib.stride_tricks.sliding_window_view(photo, (32, 32), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
+        assert (windows == hq).all(axis=(2, 3, 4)).any()
+        np.testing.assert_array_equal(hwc(sample["lq"]), bicubic_downsample(hq, 2))
+        assert sample["lq"].shape == (3, 16, 16)
+        assert sample["lq"].dtype == sample["hq"].dtype == torch.uint8
+        assert (sample["name"], sample["prompt"], sample["index"]) == ("2", "", 99)
+
+    def test_flips_reach_all_eight_positions_and_off_means_off(self, tmp_path: Path) -> None:
+        photo = noise(16, 16)
+        save(tmp_path / "a.png", photo)
+        dataset = HQImages(tmp_path, scale=4, crop_size=16)
+        seen = {dataset[(epoch, 0, 0)]["hq"].numpy().tobytes() for epoch in range(100)}
+        turned = [np.rot90(side, k) for side in (photo, photo[:, ::-1]) for k in range(4)]
+        assert seen == {side.transpose(2, 0, 1).tobytes() for side in turned}
+        plain = HQImages(tmp_path, scale=4, crop_size=16, flips=False)
+        assert {plain[(epoch, 0, 0)]["hq"].numpy().tobytes() for epoch in range(20)} == {
+            photo.transpose(2, 0, 1).tobytes()
+        }
+
+    def test_depends_on_seed_epoch_and_index_but_not_on_position_or_what_came_before(self, photos: Path) -> None:
+        degradation = Degradation(preset("osediff"))
+
+        def lq(seed: int, key: tuple[int, int, int]) -> bytes:
+            return HQImages(photos, 4, 32, degradation, seed)[key]["lq"].numpy().tobytes()
+
+        reference = lq(0, (1, 2, 5))
+        again = HQImages(photos, 4, 32, degradation, 0)
+        for index in (3, 0, 2):
+            again[(0, index, 0)]
+        assert again[(1, 2, 77)]["lq"].numpy().tobytes() == reference
+        assert reference not in {lq(1, (1, 2, 5)), lq(0, (2, 2, 5)), lq(0, (1, 3, 5))}
+
+    def test_workers_change_nothing(self, photos: Path) -> None:
+        (photos / "2b.png").write_text("no image")
+        batches = []
+        for workers in (0, 2):
+            dataset = HQImages(photos, 4, 32, Degradation(preset("osediff")))
+            sampler = StreamSampler(len(dataset), 3, seed=1, batches_per_epoch=4)
+            batches.append(list(DataLoader(dataset, batch_sampler=sampler, num_workers=workers)))
+            assert dataset.skipped == [photos / "2b.png"]  # seen from the main process, too
+        for alone, shared in zip(*batches, strict=True):
+            assert alone["name"] == shared["name"]
+            for key in ("lq", "hq", "index"):
+                assert torch.equal(alone[key], shared[key])
+
+    def test_small_photo_is_continued_by_reflection(self, tmp_path: Path) -> None:
+        photo = noise(10, 40)
+        save(tmp_path / "a.png", photo)
+        hq = hwc(HQImages(tmp_path, scale=4, crop_size=24, flips=False)[(0, 0, 0)]["hq"])
+        rows = [*range(10), *range(8, -1, -1), *range(1, 6)]  # 0..9, back 8..0, on 1..5: no edge row twice
+        left = next(x for x in range(17) if (photo[:, x : x + 24] == hq[:10]).all())
+        np.testing.assert_array_equal(hq, photo[rows, left : left + 24])
+
+    def test_corrupt_file_is_replaced_by_the_next_counted_and_named_once(
+        self, photos: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:200])
+        dataset = HQImages(photos, 4, 32)
+        with caplog.at_level(logging.WARNING):
+            names = [dataset[(epoch, 1, 0)]["name"] for epoch in range(3)]
+        assert names == ["2", "2", "2"]
+        assert dataset.skipped == [photos / "1.png"]
+        assert len(caplog.records) == 1
+        assert f"skipped, 1 so far: cannot read image {photos}/1.png" in caplog.text
+        assert not torch.equal(dataset[(0, 1, 0)]["hq"], dataset[(0, 2, 0)]["hq"])  # another crop than 2's own
+
+    def test_last_file_corrupt_wraps_to_the_first(self, photos: Path) -> None:
+        (photos / "3.png").write_text("no image")
+        assert HQImages(photos, 4, 32)[(0, 3, 0)]["name"] == "0"
+
+    def test_corrupt_file_is_fatal_if_asked_and_so_are_all_files(self, photos: Path) -> None:
+        (photos / "1.png").write_text("no image")
+        with pytest.raises(ImageError, match=r"1\.png"):
+            HQImages(photos, 4, 32, on_error="raise")[(0, 1, 0)]
+        for i in (0, 2, 3):
+            (photos / f"{i}.png").write_text("no image")
+        with pytest.raises(ImageError, match=r"none of the 4 images can be read, among them .*0\.png.*replace"):
+            HQImages(photos, 4, 32)[(0, 1, 0)]
+
+    def test_rescaled_photos_are_there_once_a_factor(self, photos: Path) -> None:
+        dataset = HQImages(photos, 4, 16, rescales={"1": (1.0, 0.5)}, cache=True)
+        assert len(dataset) == 5
+        assert [dataset[(0, i, 0)]["name"] for i in range(5)] == ["0", "1", "1", "2", "3"]
+        half = resize_by(read_image(photos / "1.png"), 0.5)
+        assert half.shape == (28, 30, 3)
+        window = HQImages(photos, 4, 28, rescales={"1": (0.5,)}, flips=False)[(0, 1, 0)]["hq"]
+        assert any(np.array_equal(half[:, x : x + 28], hwc(window)) for x in range(3))
+        first, second = (dataset[(0, 2, 0)]["hq"] for _ in range(2))  # the second from the cache
+        assert torch.equal(first, second)
+
+    def test_prompts_of_manifest_then_of_folder(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            save(tmp_path / f"{name}.png", noise(16, 16))
+        (tmp_path / "m.csv").write_text("path,prompt\na.png,from the manifest\n")
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts" / "b.txt").write_text("from the folder\n")
+        source = [str(tmp_path / "m.csv"), str(tmp_path / "b.png")]
+        dataset = HQImages(source, 4, 16, prompts=Prompts(tmp_path / "texts"))
+        assert [dataset[(0, i, 0)]["prompt"] for i in (0, 1)] == ["from the manifest", "from the folder"]
+
+    def test_errors_name_argument_value_and_fix(self, photos: Path) -> None:
+        with pytest.raises(ValueError, match="crop_size=30 is no multiple of scale=4; set crop_size to 28"):
+            HQImages(photos, 4, 30)
+        with pytest.raises(ValueError, match="scale=0 is out of range; set scale >= 1"):
+            HQImages(photos, 0, 32)
+        with pytest.raises(ValueError, match="on_error=ignore is unknown; set on_error to skip or raise"):
+            HQImages(photos, 4, 32, on_error="ignore")  # type: ignore[arg-type]  # the mistake under test
+        with pytest.raises(ValueError, match="16x16 of 64x64, which is not scale=2; set the degradation's scale to 2"):
+            degrade(noise(64, 64), Degradation(preset("osediff")), 2, np.random.default_rng(0))
+
+
+class TestPrompts:
+    def test_csv_names_may_have_extension_and_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "p.csv").write_text('name,prompt\na.png,"one, two"\nsub/b,three\n')
+        prompts = Prompts(tmp_path / "p.csv")
+        assert (prompts["a"], prompts["x/a.jpg"], prompts["sub/b"]) == ("one, two", "one, two", "three")
+        prompts.require(["a", "sub/b"])
+        with pytest.raises(KeyError):
+            prompts["b"]
+
+    def test_missing_prompts_are_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("x")
+        with pytest.raises(ValueError, match=r"prompts=.* has no prompt for 6 of 7 images: b0, b1, b2, b3, b4 and 1"):
+            Prompts(tmp_path).require(["a", *(f"b{i}" for i in range(6))])
+
+    def test_errors_name_argument_value_and_fix(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"prompts=.*gone does not exist; give a folder of <name>\.txt"):
+            Prompts(tmp_path / "gone")
+        with pytest.raises(ValueError, match=r"prompts=.* holds no prompts; put one <name>\.txt"):
+            Prompts(tmp_path)
+        (tmp_path / "w.csv").write_text("file,text\na,b\n")
+        with pytest.raises(ValueError, match=r"has columns file, text; it needs name and prompt"):
+            Prompts(tmp_path / "w.csv")
+        (tmp_path / "d.csv").write_text("name,prompt\na.png,x\na.jpg,y\n")
+        with pytest.raises(ValueError, match=r"has two prompts for a; leave one"):
+            Prompts(tmp_path / "d.csv")
+
+
+def make_pairs(tmp_path: Path, names: dict[str, str], scale: int = 4) -> tuple[Path, Path]:
+    """LQ name -> HQ name; each pair has a colour of its own."""
+    for i, (lq, hq) in enumerate(names.items()):
+        save(tmp_path / "lq" / lq, np.full((4, 6, 3), 20 * i + 5, np.uint8))
+        save(tmp_path / "hq" / hq, np.full((4 * scale, 6 * scale, 3), 20 * i + 5, np.uint8))
+    return tmp_path / "lq", tmp_path / "hq"
+
+
+class TestPairs:
+    @pytest.mark.parametrize(
+        "names",
+        [
+            {"a.png": "a.png", "b.png": "b.jpg", "sub/a.png": "sub/a.png"},  # equal stems
+            {"Canon_001_LR4.png": "Canon_001_HR.png", "Nikon_1_LR4.png": "Nikon_1_HR.png"},  # RealSR v3
+            {"Canon_001_LR4.png": "Canon_001_LR4.png", "Canon_10_x1.png": "Canon_10_x1.png"},  # StableSR test sets
+            {"0001x4.png": "0001.png", "0002x4.png": "0002.png"},  # DIV2K
+            {"a_x4.png": "a_x1.png", "b_x4.png": "b_x1.png"},  # DRealSR
+            {"a_LQ.png": "a_GT.png", "b.png": "b_HQ.png"},
+        ],
+    )
+    def test_usual_names_find_each_other(self, tmp_path: Path, names: dict[str, str]) -> None:
+        pairs = Pairs(*make_pairs(tmp_path, names))
+        assert len(pairs) == len(names)
+        for sample in (pairs[i] for i in range(len(pairs))):
+            assert sample["lq"].unique().tolist() == pytest.approx(sample["hq"].unique().tolist(), abs=1)
+        assert {pair.lq.name for pair in pairs.pairs} == {Path(name).name for name in names}
+        assert sorted(sample.name for sample in pairs.pairs) == sorted(
+            str(Path(name).with_suffix("")) for name in names
+        )
+
+    def test_sorted_position_would_pair_these_wrongly(self, tmp_path: Path) -> None:
+        # Sorted, LQ is a10_LR4, a1_LR4 ("0" < "_") but HQ is a1, a10: position pairs a10 with a1.
+        lq_dir, hq_dir = make_pairs(tmp_path, {"a1_LR4.png": "a1.png", "a10_LR4.png": "a10.png"})
+        by_position = list(zip(sorted(lq_dir.iterdir()), sorted(hq_dir.iterdir()), strict=True))
+        assert by_position[0][0].stem == "a10_LR4"
+        assert by_position[0][1].stem == "a1"
+        pairs = Pairs(lq_dir, hq_dir)
+        assert {(pair.lq.stem, pair.hq.stem) for pair in pairs.pairs} == {("a1_LR4", "a1"), ("a10_LR4", "a10")}
+        assert all(torch.equal(s["lq"].unique(), s["hq"].unique()) for s in (pairs[i] for i in range(2)))
+
+    def test_realsr_keeps_both_in_one_folder(self, tmp_path: Path) -> None:
+        for i in (1, 2):
+            save(tmp_path / f"Canon_00{i}_HR.png", noise(16, 16, i))
+            for scale in (2, 4):
+                save(tmp_path / f"Canon_00{i}_LR{scale}.png", noise(16 // scale, 16 // scale, i))
+        for scale in (2, 4):
+            pairs = Pairs(tmp_path, tmp_path, scale)
+            assert [(pair.lq.stem, pair.hq.stem) for pair in pairs.pairs] == [
+                (f"Canon_00{i}_LR{scale}", f"Canon_00{i}_HR") for i in (1, 2)
+            ]
+
+    def test_unmatched_files_are_named_or_skipped(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png"})
+        for i in range(6):
+            save(lq_dir / f"x{i}.png", noise(4, 6))
+        save(hq_dir / "y.png", noise(16, 24))
+        with pytest.raises(ValueError, match=r"lq_dir=.*lq, hq_dir=.*hq: 7 files do not pair up") as caught:
+            Pairs(lq_dir, hq_dir)
+        assert "LQ without HQ" in str(caught.value)
+        assert "x4.png and 2 more; rename them, give csv=" in str(caught.value)
+        with caplog.at_level(logging.WARNING):
+            pairs = Pairs(lq_dir, hq_dir, on_error="skip")
+        assert [pair.name for pair in pairs.pairs] == ["a"]
+        assert len(pairs.skipped) == 7
+        assert "skipped 7" in caplog.text
+
+    def test_ambiguous_files_are_named(self, tmp_path: Path) -> None:
+        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png", "b_LR4.png": "b_HR.png"})
+        save(hq_dir / "a.jpg", noise(16, 24))
+        save(hq_dir / "b_GT.png", noise(16, 24))
+        with pytest.raises(ValueError, match=r"2 files do not pair up: ambiguous .*lq/a.png / .*ambiguous .*lq/b_LR4"):
+            Pairs(lq_dir, hq_dir)
+        with pytest.raises(ValueError, match="no pairs found; name LQ and HQ files alike, or give csv="):
+            Pairs(lq_dir, hq_dir, on_error="skip")
+
+    def test_csv_overrules_names(self, tmp_path: Path) -> None:
+        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "b.png", "b.png": "a.png"})
+        (tmp_path / "pairs.csv").write_text("lq,hq,prompt\nb.png,a.png,second\na.png,b.png,first\n")
+        pairs = Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
+        assert [pairs[i]["prompt"] for i in range(2)] == ["second", "first"]
+        assert all(torch.equal(s["lq"].unique(), s["hq"].unique()) for s in (pairs[i] for i in range(2)))
+        (tmp_path / "pairs.csv").write_text("lq,hq\nb.png,gone.png\n")
+        with pytest.raises(ValueError, match=r"1 files do not pair up: missing .*hq/gone\.png"):
+            Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
+        (tmp_path / "pairs.csv").write_text("lq,hq\nb.png,a.png\nb.png,b.png\n")
+        with pytest.raises(ValueError, match=r"csv=.*pairs\.csv pairs .*lq/b\.png more than once; leave one"):
+            Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
+
+    def test_wrong_size_names_file_and_both_sizes(self, tmp_path: Path) -> None:
+        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png", "b.png": "b.png"})
+        save(hq_dir / "b.png", noise(15, 24))
+        with pytest.raises(
+            ValueError,
+            match=r"scale=4 does not fit the sizes of 1 of 2 pairs: .*lq/b\.png is 6x4, .*hq/b\.png is 24x15",
+        ):
+            Pairs(lq_dir, hq_dir)
+        with pytest.raises(ValueError, match=r"scale=2 does not fit.*set scale to the set's factor"):
+            Pairs(lq_dir, hq_dir, scale=2)
+
+    def test_lq_at_the_size_of_hq_is_said_to_be_up_sampled(self, tmp_path: Path) -> None:
+        save(tmp_path / "lq" / "a.png", noise(16, 24))
+        save(tmp_path / "hq" / "a.png", noise(16, 24))
+        with pytest.raises(ValueError, match=r"LQ has the size of HQ already in 1 of 1 pairs: .*a\.png \(24x16\).*own"):
+            Pairs(tmp_path / "lq", tmp_path / "hq")
+
+    def test_corrupt_file_is_fatal_or_skipped_and_named(self, tmp_path: Path) -> None:
+        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png", "b.png": "b.png"})
+        (hq_dir / "b.png").write_text("no image")
+        with pytest.raises(ImageError, match=r"hq/b\.png"):
+            Pairs(lq_dir, hq_dir)
+        pairs = Pairs(lq_dir, hq_dir, on_error="skip")
+        assert [pair.name for pair in pairs.pairs] == ["a"]
+        assert "hq/b.png" in pairs.skipped[0]
+
+    def test_missing_folder_is_named(self, tmp_path: Path) -> None:
+        save(tmp_path / "lq" / "a.png", noise(4, 4))
+        with pytest.raises(FileNotFoundError, match=r"hq_dir=.*hq is not a folder; give"):
+            Pairs(tmp_path / "lq", tmp_path / "hq")
+        (tmp_path / "hq").mkdir()
+        with pytest.raises(ValueError, match=r"hq_dir=.*hq holds no images; put"):
+            Pairs(tmp_path / "lq", tmp_path / "hq")
+
+
+class TestLQImages:
+    def test_whole_image_without_reference(self, tmp_path: Path) -> None:
+        image = noise(7, 5)
+        save(tmp_path / "a.png", image)
+        sample = LQImages(tmp_path, prompts={"a": "a cat"})[0]
+        np.testing.assert_array_equal(hwc(sample["lq"]), image)
+        assert "hq" not in sample
+        assert (sample["name"], sample["prompt"], sample["index"]) == ("a", "a cat", 0)
+
+    def test_names_are_unique_and_keep_folders(self, tmp_path: Path) -> None:
+        for name in ("a.png", "a.jpg", "b.png", "sub/a.png", "sub/b.v2.png"):
+            save(tmp_path / name, noise(4, 4))
+        assert LQImages(tmp_path).names == ["a.jpg", "a.png", "b", "sub/a", "sub/b.v2"]
+        (tmp_path / "l.txt").write_text("sub/b.v2.png\nb.png\n")
+        assert LQImages(tmp_path / "l.txt").names == ["b.v2", "b"]
+        (tmp_path / "l.txt").write_text("sub/../b.png\nsub/a.png\na.png\n")
+        assert LQImages(tmp_path / "l.txt").names == ["b", "sub/a", "a"]
+
+    def test_name_with_extension_never_meets_a_stem(self) -> None:
+        names = unique_names([Path("/x/a.png"), Path("/x/a.jpg"), Path("/x/a.png.bmp")], Path("/x"))
+        assert len(set(names)) == 3
+
+    def test_unreadable_files_stop_or_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        save(tmp_path / "a.png", noise(4, 4))
+        (tmp_path / "b.png").write_text("no image")
+        with pytest.raises(ImageError, match=r"b\.png: not an image"):
+            LQImages(tmp_path)
+        with caplog.at_level(logging.WARNING):
+            assert LQImages(tmp_path, on_error="skip").names == ["a"]
+        assert "skipped 1" in caplog.text
+        assert "b.png" in caplog.text
+        with pytest.raises(ImageError, match=r"predict=.*b\.png: none of its images can be read"):
+            LQImages(tmp_path / "b.png", on_error="skip", argument="predict")
+
+    def test_one_image_listed_twice_or_references_within_are_refused(self, tmp_path: Path) -> None:
+        save(tmp_path / "set" / "test_LR" / "a.png", noise(4, 4))
+        save(tmp_path / "set" / "test_HR" / "a.png", noise(16, 16))
+        with pytest.raises(ValueError, match=r"source=.* holds references \(.*test_HR\).*; give .*set/test_LR"):
+            LQImages(tmp_path)
+        (tmp_path / "l.txt").write_text("set/test_LR/a.png\nset/test_LR/a.png\n")
+        with pytest.raises(ValueError, match=r"source=.*l\.txt lists .*a\.png more than once; leave one"):
+            LQImages(tmp_path / "l.txt")
+
+
+class TestDegradedCrops:
+    def test_grid_covers_the_photo_from_the_upper_left(self, tmp_path: Path) -> None:
+        photo = noise(70, 100)
+        save(tmp_path / "chelsea.png", photo)
+        crops = DegradedCrops({"chelsea": tmp_path / "chelsea.png"}, 32, [0, 5], None)
+        assert len(crops) == 2 * 3 * 2
+        assert [crops[i]["name"] for i in range(4)] == [f"chelsea_r0c{c}_s{s}" for c in (0, 1) for s in (0, 5)]
+        last = crops[11]
+        assert (last["name"], last["index"]) == ("chelsea_r1c2_s5", 11)
+        np.testing.assert_array_equal(hwc(last["hq"]), photo[32:64, 64:96])
+        np.testing.assert_array_equal(hwc(last["lq"]), bicubic_downsample(photo[32:64, 64:96], 4))
+
+    def test_degradation_depends_on_crop_and_seed_and_not_on_the_other_photos(self, tmp_path: Path) -> None:
+        paths = {name: save(tmp_path / f"{name}.png", np.full((64, 64, 3), 128, np.uint8)) for name in ("b", "a")}
+        degradation = Degradation(preset("osediff"))
+        both = DegradedCrops(paths, 32, range(2), degradation)
+        lq = {both[i]["name"]: both[i]["lq"] for i in reversed(range(len(both)))}
+        assert len({value.numpy().tobytes() for value in lq.values()}) == 16  # all differ
+        alone = DegradedCrops({"a": paths["a"]}, 32, [1], degradation)
+        assert all(torch.equal(alone[i]["lq"], lq[alone[i]["name"]]) for i in range(4))
+
+    def test_at_most_so_many_spread_evenly(self, tmp_path: Path) -> None:
+        for name in ("a", "b", "c"):
+            save(tmp_path / f"{name}.png", noise(32, 64))
+        crops = DegradedCrops(tmp_path, 32, [0], None, max_crops=3)
+        assert [crops[i]["name"] for i in range(3)] == ["a_r0c0_s0", "b_r0c0_s0", "c_r0c0_s0"]
+        assert len(DegradedCrops(tmp_path, 32, [0], None, max_crops=99)) == 6
+
+    def test_photo_smaller_than_a_crop_is_named(self, tmp_path: Path) -> None:
+        save(tmp_path / "big.png", noise(64, 64))
+        save(tmp_path / "small.png", noise(20, 64))
+        with pytest.raises(ValueError, match=r"small\.png is 64x20, smaller than crop_size=32; set a smaller"):
+            DegradedCrops(tmp_path, 32, [0], None)
+        crops = DegradedCrops(tmp_path, 32, [0], None, on_error="skip")
+        assert len(crops) == 4
+        assert "small.png" in crops.skipped[0]
+        with pytest.raises(ValueError, match="no photo holds a crop of crop_size=128; set a smaller crop_size"):
+            DegradedCrops(tmp_path, 128, [0], None, on_error="skip")
+
+    def test_errors_name_argument_value_and_fix(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"seeds=\[\] leaves no crops; give at least one seed"):
+            DegradedCrops(tmp_path, 32, [], None)
+        with pytest.raises(ValueError, match="max_crops=0 leaves no crops; set max_crops >= 1 or null"):
+            DegradedCrops(tmp_path, 32, [0], None, max_crops=0)
+
+
+class TestBenchmark:
+    def test_stablesr_layout_gives_pairs_and_the_folders_name(self, tmp_path: Path) -> None:
+        save(tmp_path / "RealSR" / "test_LR" / "a.png", noise(4, 4))
+        save(tmp_path / "RealSR" / "test_HR" / "a.png", noise(16, 16))
+        benchmark = load_benchmark(f"{tmp_path}/RealSR/", 4)
+        assert benchmark.name == "RealSR"
+        assert isinstance(benchmark.images, Pairs)
+
+    def test_folder_of_images_gives_lq_only(self, tmp_path: Path) -> None:
+        save(tmp_path / "RealSet80" / "a.JPG", noise(4, 4))
+        benchmark = load_benchmark(tmp_path / "RealSet80", 4)
+        assert benchmark.name == "RealSet80"
+        assert isinstance(benchmark.images, LQImages)
+
+    def test_half_a_benchmark_a_folder_of_them_and_no_folder_are_refused(self, tmp_path: Path) -> None:
+        save(tmp_path / "half" / "test_LR" / "a.png", noise(4, 4))
+        with pytest.raises(
+            FileNotFoundError, match=r"test=.*half has test_LR but no test_HR; add it, or give .*test_LR"
+        ):
+            load_benchmark(tmp_path / "half", 4)
+        save(tmp_path / "half" / "test_HR" / "a.png", noise(16, 16))
+        with pytest.raises(ValueError, match=r"test=.* holds references"):
+            load_benchmark(tmp_path, 4)
+        with pytest.raises(FileNotFoundError, match=r"test=.*gone is not a folder; give one with test_LR and test_HR"):
+            load_benchmark(tmp_path / "gone", 4)
