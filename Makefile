@@ -2,13 +2,12 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip
-INSTALL := $(PIP) install --quiet -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .PHONY: help setup demo test lint bench foundation
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.dev  ## make .venv with all that tests and metrics need
 
@@ -29,7 +28,7 @@ bench: .venv/.core  ## run the speed comparisons of benchmarks/
 foundation: .venv/.core  ## train the embedded tiny foundation again (an hour or two)
 	$(BIN)/isr foundation
 
-# The core alone, for the demo. A stamp is older than the files that decide what is installed, or it stands.
+# Two sets, the core alone being enough for the demo; each is installed again when these two files change.
 .venv/.core: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e .
 	@touch $@
@@ -41,5 +40,5 @@ foundation: .venv/.core  ## train the embedded tiny foundation again (an hour or
 	@touch .venv/.core $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} is too old: isr-papers needs 3.11 or later, name one with make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Python %d.%d is too old, isr-papers needs 3.11 or later: name one with make PYTHON=..." % v)'
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

@@ -26,6 +26,7 @@ from common.draws import Draws
 from common.ema import EMA
 from common.images import bicubic_upsample
 from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, to_uint8
+from common.parameters import Row, is_lora
 from common.tiling import pad_to_multiple, tiled
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,32 @@ class RestorationModule(LightningModule):
     def networks(self) -> dict[str, nn.Module]:
         """The method's networks by the name that `isr parameters` prints; default: its direct children."""
         return dict(self.named_children())
+
+    def parameter_rows(self) -> list[Row]:
+        """What `isr parameters` prints: for each of `networks` its own weights and its adapters, each parameter once.
+
+        Override to add what is no network of the method, such as text encoders (kind `text`).
+        """
+        trained = {id(parameter) for parameter in self.all_trainable().values()}
+        seen: set[int] = set()
+        rows = []
+        for network, module in self.networks().items():
+            named = {name: p for name, p in module.named_parameters() if id(p) not in seen}
+            seen.update(map(id, named.values()))
+            for lora in (False, True):
+                part = [p for name, p in named.items() if is_lora(name) is lora]
+                learnt = sum(p.numel() for p in part if id(p) in trained)
+                if part and lora:
+                    rows.append(Row(f"{network} LoRA", "adapter", sum(p.numel() for p in part), learnt))
+                elif part:
+                    rows.append(Row(network, "module" if learnt else "base", sum(p.numel() for p in part), learnt))
+        if self.ema is not None:
+            rows.append(Row("EMA of what is trained", "copy", sum(row.trainable for row in rows), 0))
+        return rows
+
+    def parameter_sums(self) -> dict[str, int]:
+        """Sums over rows that the paper publishes, by what they sum; default: none."""
+        return {}
 
     # Training
 

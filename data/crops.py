@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.photos import PHOTOS, Photo, Split
 
 Pixels = NDArray[np.uint8]
+Jitter = Literal["none", "gain", "colour"]
 
 
 def _load(photo: Photo, factor: float) -> Pixels:
@@ -22,14 +23,19 @@ def _load(photo: Photo, factor: float) -> Pixels:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS) if factor != 1 else image)
 
 
-def _colour_jitter(crop: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Give grey crops a two-colour tint and all crops a gain per channel, so that the few photos span more colours."""
+def _jitter(crop: NDArray[np.float32], kind: Jitter, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Vary the colours of a crop, so that the few photos span more of them.
+
+    `gain` scales each channel; `colour` first gives most grey crops a two-colour tint and permutes some crops' channels.
+    """
+    if kind == "none":
+        return crop
     grey = bool(np.ptp(crop, axis=2).max() < 8)
-    if grey and rng.random() < 0.7:
+    if kind == "colour" and grey and rng.random() < 0.7:
         dark, light = rng.uniform(0, 110, 3), rng.uniform(120, 255, 3)
         level = crop[..., :1] / 255
         crop = (dark + (light - dark) * level).astype(np.float32)
-    elif not grey and rng.random() < 0.25:
+    elif kind == "colour" and not grey and rng.random() < 0.25:
         crop = crop[..., rng.permutation(3)]
     gain = rng.uniform(0.75, 1.15, 3).astype(np.float32)
     return np.clip(crop * gain, 0, 255)
@@ -43,10 +49,10 @@ class CleanCrops(Dataset[dict[str, Any]]):
         crop_size: Side of a crop in px.
         length: Items of an epoch.
         seed: First part of every item's random state.
-        jitter: Vary the colours.
+        jitter: How colours vary, see `_jitter`.
     """
 
-    def __init__(self, split: Split, crop_size: int, length: int, seed: int = 0, jitter: bool = True) -> None:
+    def __init__(self, split: Split, crop_size: int, length: int, seed: int = 0, jitter: Jitter = "colour") -> None:
         self.crop_size, self.length, self.seed, self.jitter = crop_size, length, seed, jitter
         entries = [(photo, factor) for photo in PHOTOS[split] for factor in photo.rescales]
         self.images = [_load(photo, factor) for photo, factor in entries]
@@ -68,8 +74,7 @@ class CleanCrops(Dataset[dict[str, Any]]):
             crop = crop[:, ::-1]
         if rng.random() < 0.5:
             crop = crop.transpose(1, 0, 2)
-        if self.jitter:
-            crop = _colour_jitter(crop, rng)
+        crop = _jitter(crop, self.jitter, rng)
         hq = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))) / 255
         return {"hq": hq, "prompt": self.captions[entry], "name": self.names[entry], "index": item}
 
@@ -109,7 +114,7 @@ class PhotoCrops(LightningDataModule):
         steps: Batches of the one epoch that training takes.
         num_workers: Processes that make batches.
         seed: First part of every crop's random state.
-        jitter: Vary the colours of training crops.
+        jitter: How the colours of training crops vary: `none`, `gain` a channel, or `colour` (tints too).
     """
 
     def __init__(
@@ -120,7 +125,7 @@ class PhotoCrops(LightningDataModule):
         steps: int = 1000,
         num_workers: int = 0,
         seed: int = 0,
-        jitter: bool = True,
+        jitter: Jitter = "colour",
     ) -> None:
         super().__init__()
         self.crop_size, self.val_crop_size, self.batch_size = crop_size, val_crop_size, batch_size

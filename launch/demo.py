@@ -46,20 +46,32 @@ class Row:
 
 @dataclass
 class Outcome:
-    """What became of a row: either a run folder or what failed."""
+    """What became of a row; `failure` says what failed, `checkpoint` is there once the fit is done."""
 
     row: Row
-    folder: Path | None = None
+    checkpoint: Path | None = None
     steps: int = 0
     fit_seconds: float = 0.0
     test_seconds: float = 0.0
     failure: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        if self.checkpoint is None:
+            raise RuntimeError(f"{self.row.label} has no run folder: {self.failure}")
+        return self.checkpoint.parent.parent
 
     def said(self) -> str:
         """What became of the row, in a line."""
         if self.failure:
             return f"FAILED in {self.failure}"
         return f"done: {self.steps} train steps, fit {self.fit_seconds:.0f} s, test {self.test_seconds:.0f} s"
+
+    def again(self) -> str:
+        """Arguments of `isr` that repeat what failed."""
+        config = f"-c {_shown(self.row.config)}"
+        return f"test {config} --ckpt_path {self.checkpoint}" if self.checkpoint else f"fit {config}"
 
     def source(self) -> str:
         """A line for the report: where the row comes from."""
@@ -125,7 +137,7 @@ def run(command: str, argv: list[str]) -> int:
     print(f"demo: {len(outcomes) - len(failed)} of {len(rows)} rows done; {times}")
     for outcome in failed:
         print(f"demo: row {outcome.row.label} {outcome.said()}")
-        print(f"demo: alone, with its traceback: isr fit -c {_shown(outcome.row.config)} --debug")
+        print(f"demo: alone, with its traceback: isr {outcome.again()} --debug")
     print(f"demo: report: {path}")
     print(f"demo: curves and images: tensorboard --logdir {runs}", flush=True)
     return 1 if failed else 0
@@ -135,7 +147,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only rows whose name holds a TEXT")
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
-    parser.add_argument("--max-steps", type=_positive, help="stop every fit after so many steps, for a quick look")
+    parser.add_argument("--max-steps", type=_positive, help="steps of every fit, instead of its own number")
     return parser
 
 
@@ -164,8 +176,8 @@ def _open_data(rows: Sequence[Row]) -> tuple[Photos | None, dict[str, Outcome]]:
             data = parser.instantiate_classes(parser.parse_object(config)).data
             if not isinstance(data, Photos) or data.test or data.val:
                 raise ValueError(
-                    f"data: {type(data).__name__} with test={getattr(data, 'test', None)} does not test on the embedded "
-                    "photos; set class_path data.Photos and leave val and test null in demo rows"
+                    f"data: {type(data).__name__} as configured does not validate and test on the embedded photos; set "
+                    "class_path data.Photos and leave val and test null in demo rows"
                 )
             common = common or data
             if _test_set(data) != _test_set(common):
@@ -195,9 +207,10 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
 
     outcome, stage, start = Outcome(row), "fit", time.perf_counter()
     common = ["-c", str(row.config), "--runs", str(runs)]
+    quick = [f"--trainer.max_steps={max_steps}", f"--checkpoint.every_n_train_steps={max_steps}"] if max_steps else []
     before = set((runs / row.paper / row.run_name).glob("version_*"))
     try:
-        _must_succeed(lightning("fit", [*common, *([f"--trainer.max_steps={max_steps}"] if max_steps else [])]))
+        _must_succeed(lightning("fit", [*common, *quick]))
         folder = last_run(runs, row.paper, row.run_name)
         if folder in before:
             raise FileNotFoundError(
@@ -205,11 +218,10 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
             )
         checkpoint = folder / "checkpoints" / "last.ckpt"
         outcome.steps = int(read_checkpoint(checkpoint)["global_step"])
-        outcome.fit_seconds = time.perf_counter() - start
+        outcome.checkpoint, outcome.fit_seconds = checkpoint, time.perf_counter() - start
         stage, start = "test", time.perf_counter()
         _must_succeed(lightning("test", [*common, "--ckpt_path", str(checkpoint)]))
-        _read_scores(folder)
-        outcome.folder = folder
+        _scores(outcome)
     except (Exception, SystemExit) as error:  # the other rows still run, and the report names this one
         outcome.failure = f"{stage}: {_one_line(error)}"
     setattr(outcome, f"{stage}_seconds", time.perf_counter() - start)
@@ -249,7 +261,11 @@ def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_ste
     chosen = ", ".join(f"{baselines.CHOSEN_FOR[metric]} at sigma {sigma:g} px" for metric, sigma in sigmas.items())
     tried = f"sigma {baselines.SIGMAS[0]:g} to {baselines.SIGMAS[-1]:g} px"
     notes = [
-        *([f"A quick look: every fit stopped after {max_steps} steps."] if max_steps else []),
+        *(
+            [f"A quick look: every fit ran {max_steps} steps instead of its configuration's number."]
+            if max_steps
+            else []
+        ),
         *(f"The row {o.row.label} is left out, it failed in {o.failure}" for o in outcomes if o.failure),
         _NOTE,
         *_random_parts(done),
@@ -281,18 +297,13 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _read_scores(folder: Path) -> list[Any]:
-    from launch.report import read_scores
-
-    return read_scores(folder / "test" / "metrics.csv")
-
-
 def _scores(outcome: Outcome) -> list[Any]:
     """A row's scores under its label: two papers may have rows of one name."""
-    assert outcome.folder is not None
+    from launch.report import read_scores
+
     return [
         replace(score, method=outcome.row.label + (_RAW if score.method.endswith(_RAW) else ""))
-        for score in _read_scores(outcome.folder)
+        for score in read_scores(outcome.folder / "test" / "metrics.csv")
     ]
 
 
@@ -301,7 +312,6 @@ def _read_image(outcome: Outcome, dataset: str, name: str) -> Any:
     import numpy as np
     from PIL import Image
 
-    assert outcome.folder is not None
     path = outcome.folder / "test" / dataset / f"{name}.png"
     if not path.is_file():
         return None
@@ -315,7 +325,6 @@ def _random_parts(outcomes: Sequence[Outcome]) -> list[str]:
 
     rows: dict[str, list[str]] = {}
     for outcome in outcomes:
-        assert outcome.folder is not None
         config = yaml.safe_load((outcome.folder / "config.yaml").read_text())
         for setting in _random_settings(config["model"], "model"):
             rows.setdefault(setting, []).append(outcome.row.label)
@@ -329,8 +338,8 @@ def _random_settings(tree: Mapping[str, Any], prefix: str) -> list[str]:
         if isinstance(value, Mapping):
             found += _random_settings(value, path)
         elif isinstance(value, str) and (value == "random" or value.startswith("random:")):
-            width = f", width {tree['width']:g}" if isinstance(tree.get("width"), (int, float)) else ""
-            found.append(f"{path}={value}{width}")
+            width = tree.get(key.replace("weights", "width"))
+            found.append(f"{path}={value}" + (f", width {width:g}" if isinstance(width, float) else ""))
     return found
 
 

@@ -1,19 +1,22 @@
 """`isr foundation`: train the embedded tiny foundation again, by the recipes in `common/foundation/configs`.
 
-Two stages, each a plain `isr fit`: the VAE, then the U-Net with its text encoder in the VAE's latent space. A finished
-stage is skipped when its part is already in the output folder, so an interrupted run goes on.
+Stages, each a plain `isr fit`: the VAE in two parts, the U-Net with its text encoder in the VAE's latent space, and at
+last the decoder alone, which leaves that space as it is. A stage whose folder is there is skipped, so an interrupted run
+goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import common.foundation
 
 CONFIGS = Path(common.foundation.__file__).parent / "configs"
+STAGES = ("vae", "vae_tune", "unet", "vae_decoder")
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -23,15 +26,31 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="steps of each stage, for a quick try (default: the recipes')")
     options = parser.parse_args(list(argv))
     output = Path(options.output)
-    from launch.lightning_cli import IsrCLI
-
-    extra = [f"--data.steps={options.steps}"] if options.steps else []
-    if not (output / "vae" / "config.json").is_file():
-        cli = IsrCLI(["fit", "-c", str(CONFIGS / "vae.yaml"), *extra])
-        batches = itertools.islice(cli.datamodule.train_dataloader(), 40)
-        cli.model.save_foundation(str(output / "vae"), batches)
-    if not (output / "unet" / "config.json").is_file():
-        cli = IsrCLI(["fit", "-c", str(CONFIGS / "unet.yaml"), f"--model.vae={output}", *extra])
-        cli.model.save_foundation(output)
-    print(f"foundation written to {output}; to embed it, copy its folders to common/foundation/weights")
+    extra = [f"--data.steps={options.steps}", f"--trainer.val_check_interval={options.steps}"] if options.steps else []
+    previous = None
+    for stage in STAGES:
+        folder = output / "stages" / stage
+        if not folder.is_dir():
+            _fit(stage, folder, previous, extra)
+        previous = folder
+    for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(output / "stages" / "unet" / part, output / part, dirs_exist_ok=True)
+    shutil.copytree(output / "stages" / "vae_decoder" / "vae", output / "vae", dirs_exist_ok=True)
+    print(f"foundation written to {output}; to embed it, copy its five folders to common/foundation/weights")
     return 0
+
+
+def _fit(stage: str, folder: Path, previous: Path | None, extra: list[str]) -> None:
+    from launch.lightning_cli import IsrCLI  # imports Lightning, which --help need not
+
+    start = {"vae": [], "unet": [f"--model.vae={previous}"]}.get(stage, [f"--model.start={previous}"])
+    cli = IsrCLI(["fit", "-c", str(CONFIGS / f"{stage}.yaml"), *start, *extra])
+    unfinished = folder.with_name(f"{stage}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if stage == "unet":
+        cli.model.save_foundation(unfinished)
+        assert previous is not None
+        shutil.copytree(previous / "vae", unfinished / "vae")
+    else:
+        cli.model.save_foundation(str(unfinished / "vae"), itertools.islice(cli.datamodule.train_dataloader(), 40))
+    unfinished.rename(folder)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -153,8 +154,19 @@ def run(command: str, args: Sequence[str]) -> int:
     Raises:
         UsageError: The arguments or a config cannot be understood.
     """
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
     IsrCLI([command, *args])
     return 0
+
+
+_NOISE = (
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
+    ".*module.s. in eval mode at the start of training.*",  # the frozen base is meant to be
+    ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # on purpose: uint8 becomes float on the device
+    ".*does not have many workers.*",  # the embedded photos are quick to degrade; SRData has num_workers=4
+    ".*but returned no dataloaders.*",  # no validation set was asked for
+)
 
 
 def paper_of(class_path: str) -> str:

@@ -357,6 +357,7 @@ def _markdown(
     parts += ["## What is missing", _bullets(gaps) if gaps else "Nothing: every row has every image and metric."]
     if sources:
         parts += ["## Where the rows come from", _bullets(sources)]
+        parts += ["A run folder holds the whole configuration, config.yaml, and versions and git commit, run.json."]
     parts += [
         "## Pictures",
         f"Columns: {', '.join(columns)}. Rows: {', '.join(pictures)}; chosen by a fixed rule, not by their looks. "

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.foundation.schedule import anneal
+from common.pretrained import load_vae
 
 
 def reconstruction_loss(x_hat: Tensor, x: Tensor, pooled_weight: float) -> Tensor:
@@ -47,6 +48,9 @@ class TinyAutoencoder(LightningModule):
         pooled_weight: Weight of the colour term, see `reconstruction_loss`.
         ema_decay: Decay of the averaged weights, which are the ones validated and saved.
         clip: Gradient norm limit.
+        tail: Share of the steps, the last ones, over which the learning rate is annealed.
+        start: Diffusers folder whose `vae` subfolder to start from; its architecture then counts.
+        decoder_only: Freeze the encoder, so that what was trained in its latent space stays valid.
     """
 
     def __init__(
@@ -58,12 +62,25 @@ class TinyAutoencoder(LightningModule):
         pooled_weight: float = 1.0,
         ema_decay: float = 0.998,
         clip: float = 1.0,
+        tail: float = 0.3,
+        start: str | None = None,
+        decoder_only: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr, self.kl_weight, self.pooled_weight, self.clip = lr, kl_weight, pooled_weight, clip
+        self.decoder_only, self.tail = decoder_only, tail
+        vae = load_vae(start, trainable=True) if start else self._new_vae(channels, latent_channels)
+        self.vae = vae.to(memory_format=torch.channels_last)
+        for part in (vae.encoder, vae.quant_conv) if decoder_only else ():
+            part.requires_grad_(False)
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
+        self.ema = torch.optim.swa_utils.AveragedModel(self.vae, multi_avg_fn=average)
+
+    @staticmethod
+    def _new_vae(channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
         levels = len(channels)
-        self.vae = AutoencoderKL(
+        return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=channels,
@@ -73,9 +90,7 @@ class TinyAutoencoder(LightningModule):
             mid_block_add_attention=False,
             sample_size=64,
             scaling_factor=1.0,
-        ).to(memory_format=torch.channels_last)
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
-        self.ema = torch.optim.swa_utils.AveragedModel(self.vae, multi_avg_fn=average)
+        )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Reconstruct a sample of the posterior."""
@@ -105,9 +120,9 @@ class TinyAutoencoder(LightningModule):
             self.log_dict(values, prog_bar=True, batch_size=len(x))
 
     def configure_optimizers(self) -> Any:
-        """AdamW, constant, then annealed over the last 30 %."""
-        optimizer = torch.optim.AdamW(self.vae.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        return anneal(optimizer, int(self.trainer.estimated_stepping_batches))
+        """AdamW, constant, then annealed."""
+        optimizer = torch.optim.AdamW([p for p in self.vae.parameters() if p.requires_grad], lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient's norm."""
@@ -124,6 +139,7 @@ class TinyAutoencoder(LightningModule):
         vae = self.ema.module.eval()
         latents = torch.cat([vae.encode(batch["hq"].to(self.device) * 2 - 1).latent_dist.mean for batch in batches])
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-        vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
+        if not self.decoder_only:
+            vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
         vae.half().save_pretrained(folder)
         vae.float()

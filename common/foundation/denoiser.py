@@ -44,6 +44,7 @@ class TinyDenoiser(LightningModule):
         lr: Peak learning rate.
         ema_decay: Decay of the averaged weights, which are the ones validated and saved.
         clip: Gradient norm limit.
+        tail: Share of the steps, the last ones, over which the learning rate is annealed.
         seed: Of timesteps, noise and dropout.
     """
 
@@ -57,11 +58,13 @@ class TinyDenoiser(LightningModule):
         lr: float = 1e-3,
         ema_decay: float = 0.998,
         clip: float = 1.0,
+        tail: float = 0.3,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.condition_dropout, self.lr, self.clip, self.seed = condition_dropout, lr, clip, seed
+        self.tail = tail
         self.codec = ImageCodec(load_vae(vae))
         self.schedule = NoiseSchedule(SCHEDULE)
         self.tokenizer = ByT5Tokenizer(model_max_length=text_tokens, extra_ids=0)
@@ -134,9 +137,9 @@ class TinyDenoiser(LightningModule):
             self.log(f"val/loss_t{level}", value, prog_bar=True, batch_size=len(noise))
 
     def configure_optimizers(self) -> Any:
-        """AdamW, constant, then annealed over the last 30 %."""
+        """AdamW, constant, then annealed."""
         optimizer = torch.optim.AdamW(self.networks.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        return anneal(optimizer, int(self.trainer.estimated_stepping_batches))
+        return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient's norm."""

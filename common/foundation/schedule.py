@@ -22,7 +22,7 @@ def anneal(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 20, tail:
 
     def factor(step: int) -> float:
         start = (1 - tail) * steps
-        decay = 0.05 ** max(0.0, (step - start) / max(1.0, steps - start))
+        decay = 0.05 ** max(0.0, (step - start) / max(1.0, steps - start))  # tail 0: never
         return float(min(1.0, (step + 1) / warmup) * decay)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

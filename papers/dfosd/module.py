@@ -18,7 +18,15 @@ from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import build_image_loss, discriminator_loss, generator_loss, mse
-from common.pretrained import is_architecture_only, load_schedule_config, load_unet, load_vae
+from common.parameters import Row, count
+from common.pretrained import (
+    architecture_only,
+    is_architecture_only,
+    load_schedule_config,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+)
 from common.restoration import Batch, Inference, RestorationModule
 from papers.dfosd.networks import LatentDiscriminator, NoiseAwareDiscriminator, PixelDiscriminator
 
@@ -180,6 +188,44 @@ class DFOSD(RestorationModule):
                 self.discriminator = LatentDiscriminator(self.codec.latent_channels, num_timesteps=schedule.num_timesteps)
             elif self.disc_kind == "pixel":
                 self.discriminator = PixelDiscriminator()
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by the names of the paper's complexity table."""
+        assert self.generator is not None
+        networks: dict[str, nn.Module | None] = {
+            "U-Net": self.generator.unet,
+            "VAE": self.codec,
+            "text embedding": self.embedding,
+        }
+        if isinstance(self.discriminator, NoiseAwareDiscriminator):
+            networks["discriminator trunk"] = self.discriminator.trunk
+            networks["discriminator head"] = self.discriminator.head
+            networks["discriminator embedding"] = self.disc_embedding
+        else:
+            networks["discriminator"] = self.discriminator
+        networks["loss networks (VGG16)"] = self.loss_networks
+        return {name: network for name, network in networks.items() if network is not None}
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, and the text encoders that make the prompts' embeddings."""
+        encoders = set()
+        if self.condition in ("empty", "prompt") or (self.embedding and self.embedding_init == "empty_prompt"):
+            encoders.add(self.pretrained)
+        nad = isinstance(self.discriminator, NoiseAwareDiscriminator)
+        if nad and self.disc_prompt == "empty" and not self.discriminator.trunk.is_sdxl:
+            encoders.add(self.disc_pretrained)
+        rows = super().parameter_rows()
+        with architecture_only():
+            for pretrained in sorted(encoders):
+                total = count(load_text_encoder(pretrained)[1]).total
+                rows.append(Row(f"text encoder of {pretrained}", "text", total, 0))
+        return rows
+
+    def parameter_sums(self) -> dict[str, int]:
+        """What runs at inference; the paper publishes 966.3 M."""
+        rows = RestorationModule.parameter_rows(self)
+        parts = ("U-Net", "U-Net LoRA", "VAE", "text embedding")
+        return {"generator (U-Net, VAE, embedding, LoRA)": sum(row.total for row in rows if row.name in parts)}
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
         """What this configuration trains."""

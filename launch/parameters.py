@@ -1,0 +1,155 @@
+"""`isr parameters CONFIG [OVERLAY ...] [--json]`: how large a configuration is, network by network.
+
+The model section is parsed as `isr fit` parses it and built on the meta device: nothing is downloaded, nothing big is
+allocated, and no data is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningModule
+
+from common.parameters import Row, count
+from common.pretrained import architecture_only
+from common.restoration import RestorationModule
+from launch.errors import UsageError
+from launch.lightning_cli import Parser
+
+OTHER_SECTIONS = ("data", "trainer", "checkpoint", "seed_everything", "runs", "name", "ckpt_path", "init_from")
+"""Top-level keys of configs that say nothing about the model; their contents are not looked at."""
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Print the table (or JSON) and return the exit code.
+
+    Raises:
+        UsageError: A config is missing or cannot be understood.
+    """
+    parser = argparse.ArgumentParser(
+        f"isr {command}",
+        description="Count a configuration's parameters, network by network; without weights, data or network access.",
+        epilog="Further options of the form --model.ARG=VALUE override the configs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files, later ones over earlier ones")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    options, overrides = parser.parse_known_args(list(argv))
+    if not options.configs:
+        raise UsageError(f"no config given; e.g. isr {command} papers/dfosd/configs/sd21.yaml")
+    model = build(options.configs, overrides)
+    counted = summary(model)
+    if options.json:
+        print(json.dumps({"model": _class_path(model), "configs": options.configs, **counted}, indent=2))
+    else:
+        print(table(_class_path(model), counted))
+    return 0
+
+
+def build(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> LightningModule:
+    """Build the model that config files describe, on the meta device.
+
+    Args:
+        configs: YAML files, later ones over earlier ones; only their model sections count.
+        overrides: Further arguments, `--model.ARG=VALUE`.
+
+    Raises:
+        UsageError: A config is missing or cannot be understood, or no model is named.
+    """
+    parser = Parser(prog="isr")
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
+    for section in OTHER_SECTIONS:
+        parser.add_argument(f"--{section}", type=Any)
+    files: list[str] = []
+    for config in configs:
+        if not Path(config).is_file():
+            raise UsageError(f"config {config}: no such file")
+        files += ["--config", str(config)]
+    parsed = parser.parse_args([*files, *overrides])
+    if parsed.get("model") is None:
+        raise UsageError(f"{', '.join(map(str, configs))}: no model section; give it model.class_path")
+    for section in OTHER_SECTIONS:
+        parsed.pop(section, None)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of weights that are random, which nobody runs here
+    try:
+        with architecture_only(), torch.device("meta"):
+            model: LightningModule = parser.instantiate_classes(parsed).model
+            model.configure_model()
+    finally:
+        logging.disable(before)
+    return model
+
+
+def summary(model: LightningModule) -> dict[str, Any]:
+    """Count a configured model.
+
+    Returns:
+        `networks`: rows as dicts; `sums`: the paper's own sums; `total` and `trainable` over all networks but text
+        encoders; `optimizers`: how much each of them trains.
+    """
+    if isinstance(model, RestorationModule):
+        rows, sums = model.parameter_rows(), model.parameter_sums()
+        optimizers = {
+            name: sum(p.numel() for p in model.trainable_parameters(name)) for name in model.trainable_patterns()
+        }
+    else:
+        rows, sums = _children(model), {}
+        optimizers = {"all": sum(row.trainable for row in rows)}
+    held = [row for row in rows if row.kind != "text"]
+    return {
+        "networks": [asdict(row) for row in rows],
+        "sums": sums,
+        "total": sum(row.total for row in held),
+        "trainable": sum(row.trainable for row in held),
+        "optimizers": optimizers,
+    }
+
+
+def table(title: str, counted: dict[str, Any]) -> str:
+    """Lay a `summary` out for reading."""
+    lines: list[tuple[str, str, str, str]] = [("network", "kind", "parameters", "trained")]
+    rows = counted["networks"]
+    lines += [(r["name"], r["kind"], f"{r['total']:,}", f"{r['trainable']:,}") for r in rows if r["kind"] != "text"]
+    rule = len(lines)
+    lines.append(("all of these", "", f"{counted['total']:,}", f"{counted['trainable']:,}"))
+    lines += [(f"optimiser: {name}", "", "", f"{number:,}") for name, number in counted["optimizers"].items()]
+    lines += [(f"sum: {name}", "", f"{number:,}", "") for name, number in counted["sums"].items()]
+    apart = [(r["name"], r["kind"], f"{r['total']:,}", f"{r['trainable']:,}") for r in rows if r["kind"] == "text"]
+    widths = [max(len(line[column]) for line in [*lines, *apart]) for column in range(4)]
+
+    def text(line: tuple[str, str, str, str]) -> str:
+        name, kind, total, trained = line
+        cells = (f"{name:<{widths[0]}}", f"{kind:<{widths[1]}}", f"{total:>{widths[2]}}", f"{trained:>{widths[3]}}")
+        return "  ".join(cells).rstrip()
+
+    dashes = "-" * (sum(widths) + 6)
+    body = [text(lines[0]), dashes, *map(text, lines[1:rule]), dashes, *map(text, lines[rule:])]
+    if apart:
+        body += [dashes, *map(text, apart), "text encoders only make a condition and are not part of the totals"]
+    return "\n".join([title, *body])
+
+
+def _children(model: LightningModule) -> list[Row]:
+    """Rows of a trainer that is no restoration method: its children."""
+    rows = []
+    for name, child in model.named_children():
+        total, trainable = count(child)
+        if isinstance(child, torch.optim.swa_utils.AveragedModel):
+            rows.append(Row(name, "copy", total, 0))
+        elif total:
+            rows.append(Row(name, "module" if trainable else "base", total, trainable))
+    return rows
+
+
+def _class_path(model: LightningModule) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
