@@ -64,7 +64,9 @@ def main() -> None:
     }
     times = {name: seconds(function, options.steps) for name, function in parts.items()}
     total = sum(times.values())
-    print(f"DFOSD demo, batch {options.batch}, {options.crop} px, {options.threads} thread(s), median of {options.steps}")
+    print(
+        f"DFOSD demo, batch {options.batch}, {options.crop} px, {options.threads} thread(s), median of {options.steps}"
+    )
     for name, value in times.items():
         print(f"  {name:<40}{value * 1e3:9.1f} ms {value / total:6.0%}")
     print(f"  {'sum of the parts':<40}{total * 1e3:9.1f} ms")

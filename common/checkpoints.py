@@ -30,7 +30,7 @@ def matching(module: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Paramet
 
 
 def kept_keys(module: nn.Module, trainable: Iterable[str]) -> set[str]:
-    """State-dict keys of a checkpoint: the trainable parameters and the persistent buffers of the modules that hold them.
+    """State-dict keys of a checkpoint: the trainable parameters, and the persistent buffers of the modules they are in.
 
     Args:
         module: The whole method.
@@ -57,6 +57,23 @@ def check_keys(expected: set[str], found: set[str], source: str) -> None:
         )
 
 
+def check_shapes(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights of other shapes than the module's.
+
+    Raises:
+        ValueError: Naming how many, the first of them, and what to do.
+    """
+    here = module.state_dict(keep_vars=True)
+    wrong = [name for name, value in state.items() if name in here and here[name].shape != value.shape]
+    if wrong:
+        first = wrong[0]
+        raise ValueError(
+            f"{source} does not fit this model: {len(wrong)} trained weights have other shapes, {first} is "
+            f"{tuple(state[first].shape)} there and {tuple(here[first].shape)} here; use the configuration it was "
+            "trained with (config.yaml beside its checkpoints)"
+        )
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint's dict with torch's safe loader.
 
@@ -72,7 +89,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise ValueError(
+            f"ckpt_path={path} cannot be read as a checkpoint ({why}); give a file that isr fit wrote"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"ckpt_path={path} holds no state_dict; give a .ckpt file that isr fit wrote")
     return checkpoint
 
 
@@ -91,6 +113,7 @@ def load_trained_weights(module: nn.Module, path: str | Path, expected: set[str]
     checkpoint = read_checkpoint(path)
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
     check_keys(expected, set(state), f"init_from={path}")
+    check_shapes(module, state, f"init_from={path}")
     weights = {name: value for name, value in state.items() if "." in name}
     averages = checkpoint.get("ema", {}).get("average", {})
     module.load_state_dict({**weights, **averages}, strict=False)

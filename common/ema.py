@@ -33,7 +33,9 @@ class EMA:
             self.average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
             return
         for name, parameter in parameters.items():
-            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+            # a checkpoint is read before the parameters are brought to their device
+            average = self.average[name] = self.average[name].to(parameter.device)
+            average.lerp_(parameter.detach().float(), 1 - decay)
 
     @contextmanager
     def swapped(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:

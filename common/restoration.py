@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from common.checkpoints import check_keys, kept_keys, matching
+from common.checkpoints import check_keys, check_shapes, kept_keys, matching
 from common.color import color_fix
 from common.draws import Draws
 from common.ema import EMA
@@ -116,10 +116,14 @@ class RestorationModule(LightningModule):
             raise ValueError(f"accumulate={accumulate} is out of range; set 1 or more batches an update")
         tile, overlap = self.inference.tile, self.inference.overlap
         if tile is not None and (tile % scale or overlap % scale or not 0 <= overlap < tile):
-            raise ValueError(f"inference.tile={tile} and overlap={overlap} must be multiples of {scale}, overlap < tile")
+            raise ValueError(
+                f"inference.tile={tile} and overlap={overlap} must be multiples of {scale}, overlap < tile"
+            )
         self.register_buffer("train_step", torch.zeros((), dtype=torch.long))
         self.train_step: Tensor  # calls of training_step begun, micro-batches included
         self.results_dir: Path | None = None  # where test and predict write; default: in the run's folder
+        self._run_dir = Path(".")
+        self._grad_norm = torch.zeros(())
         self._batch: Batch = {}
         self._scores: list[Score] = []
         self._previews: dict[str, list[Tensor]] = defaultdict(list)
@@ -221,8 +225,10 @@ class RestorationModule(LightningModule):
             if which:
                 optimizer._on_before_step = optimizer._on_after_step = lambda: None
             optimizer.step()
+            # not in the hook: Lightning drops an epoch's first numbers when two hooks log by turns
+            self.log(f"grad_norm/{name}", self._grad_norm)
             optimizer.zero_grad()
-            schedulers = self.lr_schedulers()
+            schedulers: Any = self.lr_schedulers()
             schedulers = schedulers if isinstance(schedulers, list) else [schedulers] if schedulers else []
             for scheduler in schedulers:
                 if getattr(scheduler, "optimizer", None) is optimizer.optimizer:
@@ -236,11 +242,12 @@ class RestorationModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip; called after mixed precision has unscaled the gradients."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip is not None else float("inf"))
-        optimizers = self.optimizers(use_pl_optimizer=False)
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        name = list(self.trainable_patterns())[[o is optimizer for o in optimizers].index(True)]
-        self.log(f"grad_norm/{name}", norm)
+        self._grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip is not None else float("inf"))
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, but training's numbers are means over all processes: what one process with all samples logs."""
+        kwargs["sync_dist"] = kwargs.get("sync_dist", False) or name.startswith("train/")
+        super().log(name, value, *args, **kwargs)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the step before it runs, so that a checkpoint made after it agrees."""
@@ -250,12 +257,14 @@ class RestorationModule(LightningModule):
     def _stop_if_not_finite(self, name: str, loss: Tensor) -> None:
         if bool(torch.isfinite(loss)):
             return
-        path = Path(self.trainer.log_dir or ".") / f"nonfinite_step{int(self.train_step)}_rank{self.global_rank}.pt"
+        path = self._run_dir / f"nonfinite_step{int(self.train_step)}_rank{self.global_rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._batch.items()}, path)
+        torch.save(
+            {key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._batch.items()}, path
+        )
         raise NonFiniteLossError(
-            f"the {name} loss is {float(loss)} at train step {int(self.train_step)}; its batch is in {path} and the last "
-            "checkpoint is unharmed: lower the learning rate, or look at that batch"
+            f"the {name} loss is {float(loss)} at train step {int(self.train_step)}; its batch is in {path} and the "
+            "last checkpoint is unharmed: lower the learning rate, or look at that batch"
         )
 
     # Images come as uint8 and become float on the device
@@ -290,17 +299,25 @@ class RestorationModule(LightningModule):
         if inference.tile is None:
             raw = restore(padded)
         else:
+            self._check_tile()
             tile, overlap = inference.tile // scale, inference.overlap // scale
-            if tile % self.size_multiple:
-                fix = scale * max(1, tile // self.size_multiple) * self.size_multiple
-                raise ValueError(
-                    f"inference.tile={inference.tile} must be a multiple of {scale * self.size_multiple} px for this "
-                    f"network; set model.inference.tile={fix}, or null for no tiles"
-                )
             raw = tiled(restore, padded, tile, overlap, scale, inference.blend)
         raw = raw[..., : scale * height, : scale * width].float()
         sr = color_fix(inference.color_fix, raw, self.color_reference(x_lq))
         return Upscaled(sr.clamp(0, 1), raw.clamp(0, 1))
+
+    def _check_tile(self) -> None:
+        tile, multiple = self.inference.tile, self.scale * self.size_multiple
+        if tile is not None and tile % multiple:
+            raise ValueError(
+                f"inference.tile={tile} must be a multiple of {multiple} px for this network; set "
+                f"model.inference.tile={max(1, tile // multiple) * multiple}, or null for no tiles"
+            )
+
+    def on_fit_start(self) -> None:
+        """Say now what validation would only find out after many steps."""
+        self._check_tile()
+        self._run_dir = Path(self.trainer.log_dir or ".")  # asking for it is a broadcast: all processes must
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score and preview a batch."""
@@ -387,7 +404,7 @@ class RestorationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log means and previews."""
         self._log_means("val", self._gathered_scores())
-        experiment = getattr(self.trainer.logger, "experiment", None)
+        experiment: Any = getattr(self.trainer.logger, "experiment", None)
         for dataset, rows in self._previews.items():
             if hasattr(experiment, "add_image") and not self.trainer.sanity_checking:
                 width = min(row.shape[-1] for row in rows)
@@ -400,8 +417,9 @@ class RestorationModule(LightningModule):
         """Log means and write every image's scores to metrics.csv."""
         scores = self._gathered_scores()
         self._log_means("test", scores)
+        path = self._results() / "test" / "metrics.csv"  # asked for by all processes: trainer.log_dir is a broadcast
         if self.trainer.is_global_zero and scores:
-            write_scores(self._results() / "test" / "metrics.csv", scores)
+            write_scores(path, scores)
         self._swap_ema()
 
     # The averaged weights are what is looked at
@@ -432,6 +450,7 @@ class RestorationModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that it fits before anything is loaded."""
         check_keys(self.checkpoint_keys(), set(checkpoint["state_dict"]), "the checkpoint")
+        check_shapes(self, checkpoint["state_dict"], "the checkpoint")
         if self.ema is not None:
             if "ema" not in checkpoint:
                 raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
@@ -461,7 +480,9 @@ def write_png(path: Path, image: Tensor) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror or error}); what was written before it is complete") from error
+        raise OSError(
+            f"cannot write {path} ({error.strerror or error}); what was written before it is complete"
+        ) from error
 
 
 def write_scores(path: Path, scores: list[Score]) -> None:

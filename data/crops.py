@@ -26,7 +26,7 @@ def _load(photo: Photo, factor: float) -> Pixels:
 def _jitter(crop: NDArray[np.float32], kind: Jitter, rng: np.random.Generator) -> NDArray[np.float32]:
     """Vary the colours of a crop, so that the few photos span more of them.
 
-    `gain` scales each channel; `colour` first gives most grey crops a two-colour tint and permutes some crops' channels.
+    `gain` scales each channel; `colour` first tints most grey crops with two colours and permutes some crops' channels.
     """
     if kind == "none":
         return crop

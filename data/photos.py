@@ -45,7 +45,9 @@ class Photo:
             FileNotFoundError: The wheel is missing or no longer carries the file.
         """
         spec = importlib.util.find_spec(self.package)
-        path = Path(spec.submodule_search_locations[0]) / self.file if spec and spec.submodule_search_locations else None
+        path = (
+            Path(spec.submodule_search_locations[0]) / self.file if spec and spec.submodule_search_locations else None
+        )
         if path is None or not path.is_file():
             raise FileNotFoundError(
                 f"photo {self.name}: {self.package} does not carry {self.file}; run pip install -c constraints.txt ."

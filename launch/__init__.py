@@ -1,0 +1,1 @@
+"""The `isr` command and what is around it."""

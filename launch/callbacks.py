@@ -15,7 +15,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from common.checkpoints import load_trained_weights
 from common.restoration import RestorationModule
 
-_PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "opencv-python-headless", "numpy")
+_PACKAGES = (
+    "torch",
+    "lightning",
+    "diffusers",
+    "transformers",
+    "peft",
+    "torchmetrics",
+    "opencv-python-headless",
+    "numpy",
+)
 
 
 class RunInfo(Callback):
@@ -23,9 +32,10 @@ class RunInfo(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write run.json before anything can fail."""
-        if stage != "fit" or trainer.log_dir is None or not trainer.is_global_zero:
+        log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
+        if stage != "fit" or log_dir is None or not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps(run_info(), indent=1) + "\n")
 

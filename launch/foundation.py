@@ -1,8 +1,8 @@
 """`isr foundation`: train the embedded tiny foundation again, by the recipes in `common/foundation/configs`.
 
 Stages, each a plain `isr fit`: the VAE in two parts, the U-Net with its text encoder in the VAE's latent space, and at
-last the decoder alone, which leaves that space as it is. A stage whose folder is there is skipped, so an interrupted run
-goes on.
+last the decoder alone, which leaves that space as it is. A stage whose folder is there is skipped, so an interrupted
+run goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The front page's table of papers, generated: `python -m launch.front_page` rewrites it in README.md.
 
-A paper appears by being a package under `papers/`: its line is the first line of the package's docstring, its status says
-which configurations it has.
+A paper appears by being a package under `papers/`: its line is the first line of the package's docstring, the other
+columns say which configurations it has.
 """
 
 from __future__ import annotations

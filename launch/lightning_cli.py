@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from common.checkpoints import read_checkpoint
 from launch.callbacks import InitFrom, RunInfo
-from launch.errors import UsageError
+from launch.errors import UsageError, plain
 
 _DEMO_ROW = re.compile(r"^\d+_")
 
@@ -37,10 +37,14 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error, shortened to what the user can act on."""
-        text = " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
-        text = re.sub(r" Expected a <class 'NoneType'>.*?(?=$)", "", text)  # the alternatives of an Optional
-        text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ", "", text)
-        raise UsageError(f"{text}; see isr COMMAND --help") from ex
+        parsers = [self, *(choice for action in self._actions for choice in _parsers(action.choices))]
+        options = {
+            option
+            for parser in parsers
+            for action in parser._actions
+            for option in (action.dest, *action.option_strings)
+        }
+        raise UsageError(plain(message, options)) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -82,7 +86,10 @@ class IsrCLI(LightningCLI):
             "--name", type=str | None, default=None, help="Name of the run; default: the first config's file name."
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 1})
+        # a version counter would write last-v1.ckpt beside the old last.ckpt when a run goes on in its folder
+        parser.set_defaults(
+            {"checkpoint.save_last": True, "checkpoint.save_top_k": 1, "checkpoint.enable_version_counter": False}
+        )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -101,6 +108,12 @@ class IsrCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; with `--ckpt_path`, once more on top of the checkpoint's hyper-parameters."""
         args = list(args)
+        try:
+            self._parse(parser, args)
+        except UsageError as error:
+            raise UsageError(_with_source(str(error), args)) from error
+
+    def _parse(self, parser: LightningArgumentParser, args: list[str]) -> None:
         stored = _stored_model(args)
         if stored is None:
             self.config = parser.parse_args(args)
@@ -140,10 +153,11 @@ class IsrCLI(LightningCLI):
         run = run_folder_of(config.get("ckpt_path"))
         if run is None or config.name:
             name = f"{paper_of(config.model.class_path)}/{config.name or _name(config)}"
-            return TensorBoardLogger(config.runs, name, default_hp_metric=False)
-        resumed = {}
+            return TensorBoardLogger(Path(config.runs).absolute(), name, default_hp_metric=False)
+        resumed: dict[str, Any] = {}
         if self.subcommand == "fit":  # curves go on where the checkpoint stands, not where the process died
-            resumed["purge_step"] = read_checkpoint(config.ckpt_path)["global_step"] + 1
+            checkpoint = read_checkpoint(config.ckpt_path)  # which logs its next step under the number of those done
+            resumed["purge_step"] = int(checkpoint["state_dict"].get("train_step", checkpoint["global_step"]))
         name = f"{run.parent.parent.name}/{run.parent.name}"
         return TensorBoardLogger(run.parents[2], name, run.name, default_hp_metric=False, **resumed)
 
@@ -156,8 +170,8 @@ def run(command: str, args: Sequence[str]) -> int:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    IsrCLI([command, *args])
-    return 0
+    cli = IsrCLI([command, *args])
+    return 143 if cli.trainer.interrupted else 0  # Lightning ends quietly on SIGTERM
 
 
 _NOISE = (
@@ -226,6 +240,25 @@ def _stored_model(args: list[str]) -> dict[str, Any] | None:
     if "_class_path" not in stored:
         return None
     return {"class_path": stored.pop("_class_path"), "init_args": stored}
+
+
+def _with_source(message: str, args: list[str]) -> str:
+    """Add what jsonargparse leaves out: the file that is no YAML, the value of an unknown flag."""
+    unknown = re.match(r"([\w.]+): no such option", message)
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        path = Path(value if flag in ("-c", "--config") else flag.removeprefix("--config="))
+        if message.startswith("Problems parsing config") and path.is_file():
+            try:
+                yaml.safe_load(path.read_text())
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                return f"config={path} is no YAML ({' '.join(str(error).split())}); mend that line"
+        if unknown and flag.partition("=")[0] == f"--{unknown[1]}":
+            return message.replace(":", f"={flag.partition('=')[2] or value}:", 1)
+    return message
+
+
+def _parsers(choices: Any) -> list[LightningArgumentParser]:
+    return [choice for choice in choices.values() if isinstance(choice, Parser)] if isinstance(choices, dict) else []
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

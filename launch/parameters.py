@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # exported at run time
 from lightning.pytorch import LightningModule
 
 from common.parameters import Row, count
@@ -64,6 +64,24 @@ def build(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> Light
     Raises:
         UsageError: A config is missing or cannot be understood, or no model is named.
     """
+    parser, parsed = parse(configs, overrides)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of weights that are random, which nobody runs here
+    try:
+        with architecture_only(), torch.device("meta"):
+            model: LightningModule = parser.instantiate_classes(parsed).model
+            model.configure_model()
+    finally:
+        logging.disable(before)
+    return model
+
+
+def parse(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> tuple[Parser, Namespace]:
+    """Read and check the model section of config files; arguments and errors as for `build`.
+
+    Returns:
+        The parser, and what it found: `model.class_path` and `model.init_args`.
+    """
     parser = Parser(prog="isr")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
@@ -79,15 +97,7 @@ def build(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> Light
         raise UsageError(f"{', '.join(map(str, configs))}: no model section; give it model.class_path")
     for section in OTHER_SECTIONS:
         parsed.pop(section, None)
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of weights that are random, which nobody runs here
-    try:
-        with architecture_only(), torch.device("meta"):
-            model: LightningModule = parser.instantiate_classes(parsed).model
-            model.configure_model()
-    finally:
-        logging.disable(before)
-    return model
+    return parser, parsed
 
 
 def summary(model: LightningModule) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The embedded tiny foundation: its recipe and, in `weights/`, what it made."""

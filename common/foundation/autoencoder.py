@@ -71,11 +71,11 @@ class TinyAutoencoder(LightningModule):
         self.lr, self.kl_weight, self.pooled_weight, self.clip = lr, kl_weight, pooled_weight, clip
         self.decoder_only, self.tail = decoder_only, tail
         vae = load_vae(start, trainable=True) if start else self._new_vae(channels, latent_channels)
-        self.vae = vae.to(memory_format=torch.channels_last)
+        self.vae: AutoencoderKL = vae.to(memory_format=torch.channels_last)
         for part in (vae.encoder, vae.quant_conv) if decoder_only else ():
             part.requires_grad_(False)
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
-        self.ema = torch.optim.swa_utils.AveragedModel(self.vae, multi_avg_fn=average)
+        self.ema: Any = torch.optim.swa_utils.AveragedModel(self.vae, multi_avg_fn=average)
 
     @staticmethod
     def _new_vae(channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
@@ -121,7 +121,9 @@ class TinyAutoencoder(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, constant, then annealed."""
-        optimizer = torch.optim.AdamW([p for p in self.vae.parameters() if p.requires_grad], lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [p for p in self.vae.parameters() if p.requires_grad], lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0
+        )
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:

@@ -100,7 +100,7 @@ class TinyDenoiser(LightningModule):
             }
         )
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
-        self.ema = torch.optim.swa_utils.AveragedModel(self.networks, multi_avg_fn=average)
+        self.ema: Any = torch.optim.swa_utils.AveragedModel(self.networks, multi_avg_fn=average)
 
     def loss(self, networks: Any, batch: dict[str, Any], prompts: list[str], t: Tensor, noise: Tensor) -> Tensor:
         """|eps - eps_hat|^2 per sample, (B,)."""

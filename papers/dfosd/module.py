@@ -1,5 +1,7 @@
-"""DFOSD (arXiv:2410.04224): one step of Stable Diffusion, turned into super-resolution by LoRA, a learned text embedding
-and a discriminator that is itself half a U-Net. `configs/sd21.yaml` is the paper's run, `README.md` the card.
+"""DFOSD (arXiv:2410.04224): Stable Diffusion's U-Net as a one-step super-resolution network.
+
+It is adapted by LoRA and a learned text embedding, against a discriminator that is itself half a U-Net.
+`configs/sd21.yaml` is the paper's run, `README.md` the card.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class DFOSD(RestorationModule):
         lora_rank: Of the generator's and the discriminator's LoRA.
         lora_alpha: Likewise; the scale is alpha / rank.
         lora_time: Adapt the projections of the time embedding, too.
-        condition: The U-Net's text input: a `learned` embedding, frozen `noise`, the `empty` prompt, or each image's own
-            `prompt` (for DAPE's tags: give a prompt file to the data).
+        condition: The U-Net's text input: a `learned` embedding, frozen `noise`, the `empty` prompt, or each image's
+            own `prompt` (for DAPE's tags: give a prompt file to the data).
         embedding_init: Where the learned embedding starts: N(0,1) or at the empty prompt.
         embedding_tokens: Its length.
         lambda_gan: Weight of the adversarial loss (lambda_1).
@@ -73,6 +75,9 @@ class DFOSD(RestorationModule):
         "generator": ("generator.unet.*lora_*", "embedding.*"),
         "discriminator": ("discriminator.trunk.*lora_*", "discriminator.head.*", "disc_embedding.*"),
     }
+
+    empty_prompt: Tensor
+    disc_empty_prompt: Tensor
 
     def __init__(
         self,
@@ -184,8 +189,15 @@ class DFOSD(RestorationModule):
                     is_sdxl = unet.config.addition_embed_type == "text_time"
                     empty = torch.zeros(1, 77, width) if is_sdxl else encode_prompts(self.disc_pretrained, [""])
                     self.register_buffer("disc_empty_prompt", empty, persistent=False)
+                elif self.embedding is None or self.embedding.embedding.shape[-1] != width:
+                    raise ValueError(
+                        f"disc_prompt=shared_detached needs condition=learned or noise (found {self.condition}) and a "
+                        "discriminator whose text is as wide as the generator's; set disc_prompt=empty"
+                    )
             elif self.disc_kind == "latent":
-                self.discriminator = LatentDiscriminator(self.codec.latent_channels, num_timesteps=schedule.num_timesteps)
+                self.discriminator = LatentDiscriminator(
+                    self.codec.latent_channels, num_timesteps=schedule.num_timesteps
+                )
             elif self.disc_kind == "pixel":
                 self.discriminator = PixelDiscriminator()
 
@@ -211,9 +223,8 @@ class DFOSD(RestorationModule):
         encoders = set()
         if self.condition in ("empty", "prompt") or (self.embedding and self.embedding_init == "empty_prompt"):
             encoders.add(self.pretrained)
-        nad = isinstance(self.discriminator, NoiseAwareDiscriminator)
-        if nad and self.disc_prompt == "empty" and not self.discriminator.trunk.is_sdxl:
-            encoders.add(self.disc_pretrained)
+        if isinstance(self.discriminator, NoiseAwareDiscriminator) and self.disc_prompt == "empty":
+            encoders |= set() if self.discriminator.trunk.is_sdxl else {self.disc_pretrained}
         rows = super().parameter_rows()
         with architecture_only():
             for pretrained in sorted(encoders):
@@ -357,5 +368,5 @@ class DFOSD(RestorationModule):
             return self.disc_embedding(1)
         if self.disc_prompt == "empty":
             return self.disc_empty_prompt
-        assert self.embedding is not None, "disc_prompt=shared_detached needs condition=learned or noise"
+        assert self.embedding is not None
         return self.embedding(1).detach()

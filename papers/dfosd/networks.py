@@ -5,6 +5,7 @@ B batch, C latent channels, h w latent sides, N tokens, D token width. All retur
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -74,9 +75,7 @@ class NoiseAwareDiscriminator(nn.Module):
         super().__init__()
         self.trunk = UNetTrunk(unet)
         add_lora(self.trunk, rank, alpha, OSEDIFF_TARGETS, seed=1)
-        self.head = nn.Sequential(
-            nn.Conv2d(self.trunk.channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, 1, 1)
-        )
+        self.head = nn.Sequential(nn.Conv2d(self.trunk.channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, 1, 1))
 
     def forward(self, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Logits at every location, (B,1,h/8,w/8); 8x8 for 512 px."""
@@ -98,7 +97,7 @@ class LatentDiscriminator(nn.Module):
         self.time = nn.Sequential(nn.Linear(1, channels[0]), nn.SiLU(), nn.Linear(channels[0], channels[0]))
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         levels: list[nn.Module] = []
-        for before, after in zip(channels[:-1], channels[1:], strict=True):
+        for before, after in itertools.pairwise(channels):
             levels += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
         self.levels = nn.Sequential(*levels)
         self.conv_out = nn.Conv2d(channels[-1], 1, 1)

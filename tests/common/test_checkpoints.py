@@ -38,7 +38,9 @@ def test_kept_are_the_trained_their_modules_buffers_and_the_roots_counters() -> 
     assert kept == {*trained(), *buffers}
 
 
-@pytest.mark.parametrize(("found", "says"), [({"a"}, "1 trained keys missing .'b'"), ({"a", "b", "c"}, "1 unknown .'c'")])
+@pytest.mark.parametrize(
+    ("found", "says"), [({"a"}, "1 trained keys missing .'b'"), ({"a", "b", "c"}, "1 unknown .'c'")]
+)
 def test_keys_that_do_not_fit_are_counted_and_named(found: set[str], says: str) -> None:
     with pytest.raises(ValueError, match=rf"X does not fit this model.*{says}.*config\.yaml"):
         check_keys({"a", "b"}, found, "X")

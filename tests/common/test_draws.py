@@ -41,7 +41,7 @@ def test_the_global_random_state_is_neither_read_nor_moved() -> None:
 def test_golden_values_hold_across_releases() -> None:
     """A change here breaks the resume of runs begun before it."""
     g = generator(0, "a", 0)
-    assert g.initial_seed() == 11361655803410637371
+    assert g.initial_seed() == 9016986181784145983
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"stream": "b"}, {"first": 4096}], ids=["seed", "stream", "sample"])

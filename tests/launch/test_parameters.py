@@ -153,9 +153,7 @@ class TestErrorsAreOneLine:
             ([], "no config"),
         ],
     )
-    def test_on_the_command_line(
-        self, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_on_the_command_line(self, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["parameters", *arguments]) == 2
         out, err = capsys.readouterr()
         assert out == ""

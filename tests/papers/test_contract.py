@@ -1,0 +1,346 @@
+"""Every paper keeps the same promises. Papers and demo configurations are found, so a new one needs no line here."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from torch import Tensor
+
+from launch import lightning_cli
+from launch.cli import main
+from launch.lightning_cli import IsrCLI
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPERS = sorted(path.parent for path in (ROOT / "papers").glob("*/__init__.py"))
+DEMOS = sorted((ROOT / "papers").glob("*/configs/demo/*.yaml"))
+CONFIGS = sorted((ROOT / "papers").glob("*/configs/**/*.yaml"))
+SMALL = [
+    "--data.batch_size=2",
+    "--trainer.limit_val_batches=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+    "--checkpoint.every_n_train_steps=1",
+]
+PACKAGES = ("papers", "common", "data", "launch")
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT / "papers"))
+
+
+def test_there_are_papers_and_each_has_a_demo_configuration() -> None:
+    assert PAPERS
+    assert {demo.parents[2] for demo in DEMOS} == set(PAPERS)
+
+
+class Recorder(Callback):
+    """The weights a fit starts from, and what it logs."""
+
+    def __init__(self) -> None:
+        self.initial: dict[str, Tensor] = {}
+        self.metrics: list[dict[str, float]] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.initial = weights(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+@dataclass
+class Run:
+    """What `isr` did in this process."""
+
+    module: Any
+    trainer: Any
+    initial: dict[str, Tensor]
+    metrics: list[dict[str, float]]
+    final: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Path:
+        return Path(self.trainer.log_dir) / "checkpoints" / "last.ckpt"
+
+
+def isr(*arguments: object) -> Run:
+    """`isr` as the shell would run it, caught on the way."""
+    caught: list[IsrCLI] = []
+    recorder = Recorder()
+
+    class Caught(IsrCLI):
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            caught.append(self)
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(recorder)
+            return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning_cli, "IsrCLI", Caught)
+        assert main([str(argument) for argument in (*arguments, "--debug")]) == 0
+    (cli,) = caught
+    return Run(cli.model, cli.trainer, recorder.initial, recorder.metrics, weights(cli.model))
+
+
+@dataclass
+class Fits:
+    config: Path
+    runs: Path
+    whole: Run
+    half: Run
+    resumed: Run
+
+
+@pytest.fixture(scope="module", params=DEMOS, ids=label)
+def fits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fits:
+    """Two steps at once, and one step with another after a resume."""
+    config, runs = request.param, tmp_path_factory.mktemp("runs")
+    common = ["fit", "-c", config, "--runs", runs, *SMALL]
+    whole = isr(*common, "--trainer.max_steps=2")
+    half = isr(*common, "--trainer.max_steps=1")
+    checkpoint = torch.load(half.last, weights_only=True)
+    assert checkpoint["global_step"] == 1
+    resumed = isr(*common, "--trainer.max_steps=2", "--ckpt_path", half.last)
+    return Fits(config, runs, whole, half, resumed)
+
+
+class TestDemo:
+    def test_training_counts_steps_not_optimiser_calls(self, fits: Fits) -> None:
+        assert fits.whole.trainer.global_step == 2
+        assert int(fits.whole.module.train_step) == 2
+        assert len(fits.whole.metrics) == 2
+
+    def test_everything_logged_is_finite_and_there_is_a_loss_for_each_optimiser(self, fits: Fits) -> None:
+        for metrics in fits.whole.metrics:
+            assert all(math.isfinite(value) for value in metrics.values()), metrics
+        losses = [name for name in fits.whole.metrics[0] if name.startswith("train/")]
+        norms = {name for name in fits.whole.metrics[0] if name.startswith("grad_norm/")}
+        assert len(losses) >= len(fits.whole.module.trainable_patterns())
+        assert norms == {f"grad_norm/{name}" for name in fits.whole.module.trainable_patterns()}
+        assert all(fits.whole.metrics[-1][name] > 0 for name in norms)
+
+    def test_the_optimisers_hold_exactly_what_is_declared_trainable_each_once(self, fits: Fits) -> None:
+        module = fits.whole.module
+        optimisers = fits.whole.trainer.optimizers
+        assert len(optimisers) == len(module.trainable_patterns())
+        names = {id(p): name for name, p in module.named_parameters()}
+        held: list[str] = []
+        for optimizer, name in zip(optimisers, module.trainable_patterns(), strict=True):
+            inside = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            declared = {names[id(p)] for p in module.trainable_parameters(name)}
+            assert set(inside) == declared
+            held += inside
+        assert len(held) == len(set(held))
+        assert set(held) == set(module.all_trainable())
+        assert {name for name, p in module.named_parameters() if p.requires_grad} == set(held)
+
+    def test_what_is_trained_moves_and_everything_else_stays_bit_by_bit(self, fits: Fits) -> None:
+        run = fits.whole
+        names = {id(p): name for name, p in run.module.named_parameters()}
+        moving = {
+            names[id(p)]
+            for optimizer in run.trainer.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if group["lr"] > 0
+        }
+        assert moving
+        moved = {name for name, value in run.final.items() if not torch.equal(value, run.initial[name])}
+        assert moved == moving
+
+    def test_stopping_and_resuming_changes_no_bit(self, fits: Fits) -> None:
+        assert fits.resumed.trainer.log_dir == fits.half.trainer.log_dir
+        for one, other in zip(fits.half.metrics + fits.resumed.metrics, fits.whole.metrics, strict=True):
+            assert sorted(one.items()) == sorted(other.items())
+        for name, value in fits.whole.final.items():
+            assert torch.equal(value, fits.resumed.final[name]), name
+        if fits.whole.module.ema is not None:
+            one, other = fits.whole.module.ema, fits.resumed.module.ema
+            assert one.updates == other.updates == 2
+            assert all(torch.equal(value, other.average[name]) for name, value in one.average.items())
+        states = [[o.state_dict()["state"] for o in run.trainer.optimizers] for run in (fits.whole, fits.resumed)]
+        for one, other in zip(*states, strict=True):
+            assert one.keys() == other.keys()
+            for key in one:
+                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(other[key][k])) for k, v in one[key].items())
+
+    def test_another_seed_is_another_run(self, fits: Fits) -> None:
+        """That the same seed is the same run, the resumed fit shows."""
+        other = isr("fit", "-c", fits.config, "--runs", fits.runs, *SMALL, "--trainer.max_steps=1", "--data.seed=5")
+        assert other.metrics != fits.half.metrics
+
+    def test_the_checkpoint_holds_what_is_trained_and_no_frozen_weight(self, fits: Fits) -> None:
+        checkpoint = torch.load(fits.whole.last, weights_only=True)
+        module = fits.whole.module
+        assert set(checkpoint["state_dict"]) == module.checkpoint_keys()
+        parameters = set(dict(module.named_parameters()))
+        assert set(checkpoint["state_dict"]) & parameters == set(module.all_trainable())
+        for name in module.all_trainable():
+            assert torch.equal(checkpoint["state_dict"][name], fits.whole.final[name])
+
+    def test_predict_upscales_every_image_to_a_file_of_its_name(self, fits: Fits, tmp_path: Path) -> None:
+        scale = fits.whole.module.scale
+        sizes = {"a.png": (24, 17), "sub/b.jpg": (33, 30)}
+        for name, (width, height) in sizes.items():
+            path = tmp_path / "in" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            y, x = np.mgrid[:height, :width]
+            Image.fromarray(np.stack([x * 7, y * 7, x + y], -1).astype(np.uint8)).save(path)
+        images = []
+        for turn in ("one", "two"):
+            out = tmp_path / turn
+            common = ["predict", "-c", fits.config, "--runs", fits.runs, "--trainer.enable_progress_bar=false"]
+            isr(*common, "--ckpt_path", fits.whole.last, "--data.predict", tmp_path / "in", "--output", out)
+            files = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
+            assert set(files) == {"a.png", "sub/b.png"}
+            images.append([np.asarray(Image.open(files[name])) for name in sorted(files)])
+        for one, other, (width, height) in zip(*images, sizes.values(), strict=True):
+            assert one.shape == (scale * height, scale * width, 3)
+            assert one.std() > 0
+            assert np.array_equal(one, other)
+
+    def test_the_output_lies_in_0_to_1(self, fits: Fits) -> None:
+        x = torch.rand(1, 3, 19, 21, generator=torch.Generator().manual_seed(0))
+        for image in fits.whole.module.upscale(x, ["a photo"]):
+            assert image.shape == (1, 3, 19 * fits.whole.module.scale, 21 * fits.whole.module.scale)
+            assert bool(torch.isfinite(image).all())
+            assert float(image.min()) >= 0
+            assert float(image.max()) <= 1
+
+
+class ParseOnly(IsrCLI):
+    """The command line as far as its arguments are understood; nothing is built."""
+
+    def instantiate_classes(self) -> None:
+        return
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        return
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("config", CONFIGS, ids=label)
+    def test_is_understood_alone_or_over_what_its_head_names(self, config: Path) -> None:
+        """A file that has no model or no data of its own, or says `over X.yaml`, is an overlay."""
+        text = config.read_text()
+        tree = yaml.safe_load(text)
+        base = re.search(r"\bover ([\w/.-]+\.yaml)", text)
+        files = [config]
+        paper = next(paper for paper in PAPERS if paper in config.parents)
+        if base:
+            (below,) = [path for path in CONFIGS if paper in path.parents and path.name == Path(base[1]).name]
+            files = [below, config]
+        elif not {"model", "data"} <= tree.keys():
+            files = [next(demo for demo in DEMOS if paper in demo.parents), config]
+        parsed = ParseOnly(["fit", *(part for file in files for part in ("-c", str(file)))]).config["fit"]
+        assert parsed.model.class_path.startswith(f"papers.{paper.name}")
+        for section in ("model", "data"):
+            given = tree.get(section, {}).get("init_args", {})
+            assert set(given) <= set(parsed[section].init_args.as_dict())
+            for key, value in given.items():
+                if isinstance(value, str | int | bool):
+                    assert parsed[section].init_args[key] == value, key
+
+
+def resolve(dotted: str) -> object:
+    """The object that a dotted path names."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if importlib.util.find_spec(parts[0]) and is_module(parts[:end]):
+            found: object = importlib.import_module(name)
+            for part in parts[end:]:
+                found = getattr(found, part)
+            return found
+    raise LookupError(dotted)
+
+
+def is_module(parts: list[str]) -> bool:
+    path = ROOT.joinpath(*parts)
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def table(card: str) -> list[list[str]]:
+    """Rows of the card's table `| paper | here | specified by |`."""
+    found = re.search(r"\| paper \| here \| specified by \|\n\|[-| ]+\|\n((?:\|.*\|\n)+)", card)
+    assert found, "the card has no table | paper | here | specified by |"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
+class TestCard:
+    def test_each_equation_has_its_function_and_its_test(self, paper: Path) -> None:
+        rows = table((paper / "README.md").read_text())
+        assert len(rows) >= 3
+        for _, here, test in rows:
+            assert re.fullmatch(r"`[\w.]+`", here), here
+            assert callable(resolve(here.strip("`"))), here
+            path = re.fullmatch(r"`(tests/[\w/]+\.py)(?:::\w+)*`", test)
+            assert path, test
+            assert (ROOT / path[1]).is_file(), test
+
+    def test_every_name_of_code_in_it_exists(self, paper: Path) -> None:
+        text = (paper / "README.md").read_text()
+        for name in re.findall(rf"`((?:{'|'.join(PACKAGES)})\.[\w.]+)`", text):
+            assert resolve(name) is not None
+        for path in re.findall(rf"`((?:{'|'.join(PACKAGES)}|tests)/[\w/.-]+)`", text):
+            assert (ROOT / path).exists(), path
+
+    def test_it_says_where_it_deviates(self, paper: Path) -> None:
+        text = (paper / "README.md").read_text()
+        section = text.partition("## Deviations")[2].partition("\n## ")[0]
+        assert section.count("\n|") > 3
+
+    def test_published_rows_have_a_number_for_each_column(self, paper: Path) -> None:
+        results = yaml.safe_load((paper / "results.yaml").read_text())
+        assert results["paper"]
+        assert re.fullmatch(r"\d{4}\.\d{5}", results["arxiv"])
+        for published in results["tables"]:
+            columns = published["columns"]
+            assert len(set(columns)) == len(columns)
+            assert published["table"]
+            assert published["protocol"]
+            assert set(published.get("higher_better", {})) <= set(columns)
+            for rows in published["rows"].values():
+                for name, row in rows.items():
+                    assert len(row) == len(columns), (published["table"], name)
+                    assert all(value is None or isinstance(value, int | float) for value in row)
+
+    @pytest.mark.slow
+    def test_one_step_runs_from_the_shell(self, paper: Path, tmp_path: Path) -> None:
+        demo = next(demo for demo in DEMOS if paper in demo.parents)
+        command = [sys.executable, "-m", "launch.cli", "fit", "-c", str(demo), "--runs", str(tmp_path), *SMALL]
+        done = subprocess.run(
+            [*command, "--trainer.max_steps=1"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(list(tmp_path.glob(f"{paper.name}/*/version_0/checkpoints/last.ckpt"))) == 1
+
+
+def test_a_name_that_is_not_there_is_found_out() -> None:
+    with pytest.raises(AttributeError):
+        resolve("common.draws.Draws.nothing")
+    with pytest.raises((LookupError, AttributeError)):
+        resolve("common.nothing.x")
