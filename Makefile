@@ -15,7 +15,7 @@ demo: .venv/.core  ## train and test every method on embedded photos, on a CPU, 
 	$(BIN)/isr demo
 
 test: lint  ## what CI runs: lint, types and all tests that need no GPU and no downloaded weights
-	$(BIN)/python -m pytest -m "not gpu and not weights"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not weights"
 
 lint: .venv/.dev  ## style, format and types
 	$(BIN)/ruff check .
