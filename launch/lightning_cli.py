@@ -12,6 +12,7 @@ What differs from plain LightningCLI:
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 import warnings
@@ -170,8 +171,13 @@ def run(command: str, args: Sequence[str]) -> int:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
     cli = IsrCLI([command, *args])
     return 143 if cli.trainer.interrupted else 0  # Lightning ends quietly on SIGTERM
+
+
+def _no_advertising(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()
 
 
 _NOISE = (
@@ -179,6 +185,7 @@ _NOISE = (
     ".*module.s. in eval mode at the start of training.*",  # the frozen base is meant to be
     ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # on purpose: uint8 becomes float on the device
     ".*does not have many workers.*",  # the embedded photos are quick to degrade; SRData has num_workers=4
+    ".*Using ModelCheckpoint with manual optimization.*",  # it wants the weights before a step
     ".*but returned no dataloaders.*",  # no validation set was asked for
 )
 
