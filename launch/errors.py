@@ -69,6 +69,8 @@ def report(error: BaseException, debug: bool) -> int:
     text = str(error)
     if "Does not validate against" in text:  # jsonargparse, around what a class said while it was made
         text = plain(text).removesuffix(_SEE)
+    if "Original Traceback (most recent call last)" in text:  # from a data worker: its last line is the error
+        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
     text = " ".join(text.split()) or type(error).__name__
     expected = (ValueError, OSError, UsageError)
     label = "" if isinstance(error, expected) or type(error).__module__.split(".")[0] in _OURS else type(error).__name__
