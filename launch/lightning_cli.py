@@ -75,7 +75,7 @@ class IsrCLI(LightningCLI):
             trainer_defaults={
                 "use_distributed_sampler": False,  # the data modules share samples out themselves, without repeats
                 "num_sanity_val_steps": 0,
-                "callbacks": [RunInfo(), LearningRateMonitor()],
+                "callbacks": [RunInfo(), LearningRateMonitor(logging_interval="step")],
             },
             args=args,
         )

@@ -60,7 +60,7 @@ class Lightning:
             run = folder / f"version_{len(list(folder.glob('version_*')))}"
             (run / "checkpoints").mkdir(parents=True)
             steps = next((int(a.partition("=")[2]) for a in args if a.startswith("--trainer.max_steps=")), 200)
-            torch.save({"global_step": steps}, run / "checkpoints" / "last.ckpt")
+            torch.save({"state_dict": {}, "global_step": steps}, run / "checkpoints" / "last.ckpt")
             init_args = {"lpips": {"weights": "random", "width": 0.25}, "pretrained": "tiny"}
             config = {"model": {"class_path": "x.X", "init_args": init_args}}
             (run / "config.yaml").write_text(yaml.safe_dump(config))
