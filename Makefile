@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+SLOW_FIRST := tests/launch tests/papers tests/common tests/data tests/test_*.py
 
 .PHONY: help setup demo test lint bench foundation
 
@@ -15,7 +16,7 @@ demo: .venv/.core  ## train and test every method on embedded photos, on a CPU, 
 	$(BIN)/isr demo
 
 test: lint  ## what CI runs: lint, types and all tests that need no GPU and no downloaded weights
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not weights"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not weights" $(SLOW_FIRST)
 
 lint: .venv/.dev  ## style, format and types
 	$(BIN)/ruff check .
