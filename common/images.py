@@ -1,7 +1,13 @@
-"""The steps between the ranges and sizes that images have on their way through a method."""
+"""The steps between the ranges and sizes that images have on their way through a method, and out into a file."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,3 +33,30 @@ def bicubic_upsample(x_01: Tensor, scale: int) -> Tensor:
         (B, 3, scale * h, scale * w), [0, 1].
     """
     return F.interpolate(x_01, scale_factor=scale, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def write_png(path: str | Path, array: NDArray[np.uint8]) -> None:
+    """Write a PNG so that the path holds either the whole file or what was there before, even if the process is killed.
+
+    Args:
+        path: Target; missing folders are made.
+        array: (H, W, 3) uint8, RGB.
+
+    Raises:
+        ValueError: The array is not (H, W, 3) uint8.
+        OSError: The disk is full or the folder cannot be written; the message names the file.
+    """
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"array: got {array.dtype} {array.shape} for {path}; write_png takes uint8 (H, W, 3)")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(array).save(temporary, format="PNG")
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path} ({error.strerror or error}); what was written before it is complete"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from common.checkpoints import check_keys, check_shapes, kept_keys, matching
 from common.color import color_fix
 from common.draws import Draws
 from common.ema import EMA
-from common.images import bicubic_upsample
+from common.images import bicubic_upsample, write_png
 from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, to_uint8
 from common.parameters import Row, is_lora
 from common.tiling import pad_to_multiple, tiled
@@ -352,7 +352,7 @@ class RestorationModule(LightningModule):
         return self.results_dir or Path(self.trainer.log_dir or ".")
 
     def _write(self, folder: Path, names: list[str], x_01: Tensor) -> None:
-        for name, image in zip(names, to_uint8(x_01).cpu(), strict=True):
+        for name, image in zip(names, to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
             write_png(folder / f"{name}.png", image)
 
     def _dataset_name(self, stage: str, dataloader_idx: int) -> str:
@@ -463,26 +463,6 @@ def side_by_side(batch: Batch, sr: Tensor, scale: int) -> Tensor:
     nearest = lq.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     images = [nearest, bicubic_upsample(lq, scale), sr[:1], *([batch["hq"][:1]] if "hq" in batch else [])]
     return torch.cat([image[0].float() for image in images], dim=-1)
-
-
-def write_png(path: Path, image: Tensor) -> None:
-    """Write a uint8 image (3,H,W) so that a killed process leaves no half file.
-
-    Raises:
-        OSError: The disk is full or the folder cannot be written; the message names the file.
-    """
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(part, format="PNG")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path} ({error.strerror or error}); what was written before it is complete"
-        ) from error
 
 
 def write_scores(path: Path, scores: list[Score]) -> None:

@@ -162,28 +162,6 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def write_png(path: str | Path, array: Pixels) -> None:
-    """Write a PNG so that the path holds either the whole file or what was there before.
-
-    Args:
-        path: Target; missing folders are made.
-        array: (H, W, 3) uint8, RGB.
-
-    Raises:
-        ValueError: The array is not (H, W, 3) uint8.
-    """
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"array: got {array.dtype} {array.shape} for {path}; write_png takes uint8 (H, W, 3)")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(array).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _walk(folder: Path) -> list[Path]:
     """Image files below a folder, links followed once, dot-files left out, sorted by relative path."""
     found: list[Path] = []

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common import restoration
-from common.images import bicubic_upsample
+from common.images import bicubic_upsample, write_png
 from common.metrics import MetricUnavailableError
-from common.restoration import Batch, Inference, NonFiniteLossError, RestorationModule, write_png
+from common.restoration import Batch, Inference, NonFiniteLossError, RestorationModule
 
 PLAIN = Inference(color_fix="none", tile=None)
 
@@ -381,7 +382,7 @@ class TestImages:
 
         monkeypatch.setattr(Image.Image, "save", full)
         with pytest.raises(OSError, match=r"cannot write .*a\.png \(No space left on device\)") as error:
-            write_png(tmp_path / "a.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+            write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
         assert "\n" not in str(error.value)
         assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import IMAGE_EXTENSIONS, ImageError, image_size, is_image, list_images, read_image, write_png
+from common.images import write_png
+from data.images import IMAGE_EXTENSIONS, ImageError, image_size, is_image, list_images, read_image
 
 ORIENTATION = 0x0112
 # What a viewer does with a stored array for each EXIF value (JEITA CP-3451, table of the Orientation tag)

@@ -10,8 +10,9 @@ import torch
 import yaml
 from PIL import Image
 
+from common.images import write_png
 from common.metrics import build_metric
-from common.restoration import Score, write_png, write_scores
+from common.restoration import Score, write_scores
 from data.datamodules import Photos
 from launch import baselines, demo, lightning_cli
 from launch.errors import UsageError
@@ -72,7 +73,7 @@ class Lightning:
         write_scores(run / "test" / "metrics.csv", scores)
         for image in self.names:
             if name not in self.without_image:
-                picture = torch.full((3, 128, 128), 77, dtype=torch.uint8)
+                picture = np.full((128, 128, 3), 77, np.uint8)
                 write_png(run / "test" / "photos" / f"{image}.png", picture)
         return 0
 
