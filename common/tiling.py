@@ -54,13 +54,26 @@ def feather_window(length: int, overlap: int) -> Tensor:
     return torch.minimum(position, position.flip(0)).clamp(max=overlap + 1) / (overlap + 1)
 
 
+def gaussian_window(length: int) -> Tensor:
+    """Weights of a tile along one side: a Gaussian around its middle, a tenth of the side wide, as StableSR and InvSR.
+
+    Args:
+        length: Side of the tile, pixels.
+
+    Returns:
+        Weights, (length,), in (0, 1], float32; 4e-6 at the ends of long sides.
+    """
+    position = (torch.arange(length, dtype=torch.float32) - (length - 1) / 2) / length
+    return torch.exp(-position.square() / (2 * 0.1**2))
+
+
 def tiled(
     function: Callable[[Tensor], Tensor],
     x_lq: Tensor,
     tile: int,
     overlap: int,
     scale: int,
-    blend: Literal["average", "feather"] = "average",
+    blend: Literal["average", "feather", "gaussian"] = "average",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Run a function tile by tile and join the outputs by their weighted mean where they overlap.
@@ -75,7 +88,8 @@ def tiled(
         tile: Side of a tile, input pixels.
         overlap: Pixels of the input that neighbours share.
         scale: Output pixels per input pixel.
-        blend: "average" weighs all tiles alike; "feather" lets each fade out linearly over the overlap.
+        blend: "average" weighs all tiles alike; "feather" lets each fade out linearly over the overlap, "gaussian" from
+            its middle on, see `gaussian_window`.
         progress: Called as (tiles done, tiles in all) after each tile.
 
     Returns:
@@ -88,14 +102,14 @@ def tiled(
         raise ValueError(f"x_lq is of shape {tuple(x_lq.shape)}; pass (B, 3, h, w)")
     if scale < 1:
         raise ValueError(f"scale is {scale}; pass the output pixels per input pixel, 1 or more")
-    if blend not in ("average", "feather"):
-        raise ValueError(f"blend is {blend!r}; use average or feather")
+    if blend not in ("average", "feather", "gaussian"):
+        raise ValueError(f"blend is {blend!r}; use average, feather or gaussian")
     height, width = x_lq.shape[-2:]
     tops, lefts = plan_tiles(height, tile, overlap), plan_tiles(width, tile, overlap)
     ramp = scale * overlap if blend == "feather" else 0
-    window = torch.outer(
-        feather_window(scale * min(tile, height), ramp), feather_window(scale * min(tile, width), ramp)
-    ).to(x_lq.device)
+    sides = (scale * min(tile, height), scale * min(tile, width))
+    rows_columns = [gaussian_window(side) if blend == "gaussian" else feather_window(side, ramp) for side in sides]
+    window = torch.outer(*rows_columns).to(x_lq.device)
     mean = total = None
     for done, (top, left) in enumerate(((top, left) for top in tops for left in lefts), start=1):
         x_tile = x_lq[..., top : top + tile, left : left + tile]

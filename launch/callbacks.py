@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from common.checkpoints import load_trained_weights
-from common.restoration import RestorationModule
+from common.training import TrainingModule
 
 _PACKAGES = (
     "torch",
@@ -74,6 +74,6 @@ class InitFrom(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load before the first step; the networks exist by now."""
-        if not isinstance(pl_module, RestorationModule):
+        if not isinstance(pl_module, TrainingModule):
             raise ValueError(f"init_from={self.path}: {type(pl_module).__name__} is no method of papers/")
         load_trained_weights(pl_module, self.path, pl_module.checkpoint_keys())

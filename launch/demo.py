@@ -34,6 +34,16 @@ class Row:
     config: Path
 
     @property
+    def restores(self) -> bool:
+        """Whether it is a method that restores images; else it is a stage that a later row of its paper builds on."""
+        import yaml
+
+        from common.restoration import RestorationModule
+
+        module, _, name = yaml.safe_load(self.config.read_text())["model"]["class_path"].rpartition(".")
+        return issubclass(getattr(importlib.import_module(module), name), RestorationModule)
+
+    @property
     def label(self) -> str:
         """How the row is called in the report."""
         return f"{self.paper}/{self.name}"
@@ -221,7 +231,8 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
         outcome.checkpoint, outcome.fit_seconds = checkpoint, time.perf_counter() - start
         stage, start = "test", time.perf_counter()
         _must_succeed(lightning("test", [*common, "--ckpt_path", str(checkpoint)]))
-        _scores(outcome)
+        if row.restores:
+            _scores(outcome)
     except (Exception, SystemExit) as error:  # the other rows still run, and the report names this one
         outcome.failure = f"{stage}: {_one_line(error)}"
     setattr(outcome, f"{stage}_seconds", time.perf_counter() - start)
@@ -233,7 +244,8 @@ def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_ste
     from launch import baselines, report
 
     done = [outcome for outcome in outcomes if not outcome.failure]
-    scores = [score for outcome in done for score in _scores(outcome)]
+    methods = [outcome for outcome in done if outcome.row.restores]
+    scores = [score for outcome in methods for score in _scores(outcome)]
     data.val_crops = None  # rows may look at few crops while they train; the blurs are chosen on all
     data.setup("validate")
     data.setup("test")
@@ -253,7 +265,7 @@ def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_ste
             "LQ": baselines.pixels(by_name[name]["lq"]),
             baselines.BICUBIC: images[baselines.BICUBIC][name],
             best_ssim: images[best_ssim][name],
-            **{outcome.row.label: _read_image(outcome, dataset, name) for outcome in done},
+            **{outcome.row.label: _read_image(outcome, dataset, name) for outcome in methods},
             "HQ": baselines.pixels(by_name[name]["hq"]),
         }
         for name in report.spread(list(by_name))
@@ -279,6 +291,7 @@ def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_ste
         notes,
         [outcome.source() for outcome in done],
         "Demo: the methods side by side",
+        _figures(done),
     )
     return path, report.means_table(everything, dataset)
 
@@ -317,6 +330,17 @@ def _read_image(outcome: Outcome, dataset: str, name: str) -> Any:
         return None
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def _figures(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Plots that the rows left in their run folders, row by row, by file name."""
+    from launch.report import NamedFigure
+
+    return [
+        NamedFigure(outcome.row.label, path)
+        for outcome in outcomes
+        for path in sorted((outcome.folder / "test" / "figures").glob("*.png"))
+    ]
 
 
 def _random_parts(outcomes: Sequence[Outcome]) -> list[str]:

@@ -5,6 +5,7 @@ What differs from plain LightningCLI:
 * Runs go to `runs/<paper>/<name>/version_N`; a resumed fit goes on in its own folder.
 * What the user gives, in a config or as a flag, beats the hyper-parameters stored in `--ckpt_path`; the rest comes from
   there. Each difference is said.
+* A model's setting `runs/<paper>/<name>` is a run below `--runs`, of which the newest checkpoint is taken.
 * The checkpoint, run-information and learning-rate callbacks cannot be dropped by a second config.
 * `predict` streams to files and keeps nothing in memory.
 * Errors are one line.
@@ -26,11 +27,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from common.checkpoints import read_checkpoint
+from common.checkpoints import newest_checkpoint, read_checkpoint
 from launch.callbacks import InitFrom, RunInfo
 from launch.errors import UsageError, plain
 
 _DEMO_ROW = re.compile(r"^\d+_")
+_RUN = re.compile(r"runs/[\w.-]+/[\w.-]+")
 
 
 class Parser(LightningArgumentParser):
@@ -82,7 +84,11 @@ class IsrCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what Lightning lacks."""
-        parser.add_argument("--runs", default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--runs",
+            default="runs",
+            help="Folder of all runs. A model's setting runs/PAPER/NAME means that run's newest checkpoint.",
+        )
         parser.add_argument(
             "--name", type=str | None, default=None, help="Name of the run; default: the first config's file name."
         )
@@ -118,6 +124,7 @@ class IsrCLI(LightningCLI):
         stored = _stored_model(args)
         if stored is None:
             self.config = parser.parse_args(args)
+            self._find_runs()
             return
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump({"model": stored}, file)
@@ -125,7 +132,16 @@ class IsrCLI(LightningCLI):
             self.config = parser.parse_args([args[0], "-c", file.name, *args[1:]])
         chosen = self.config[self.config.subcommand]
         chosen["config"] = [path for path in chosen.get("config") or [] if str(path) != file.name]
+        self._find_runs()
         self._say_differences(stored)
+
+    def _find_runs(self) -> None:
+        """Put the newest checkpoint in the place of a run that the model's settings name (a stage before this one)."""
+        config = self.config[self.config.subcommand]
+        settings = (config.get("model") or {}).get("init_args") or {}
+        for key, value in list(settings.items()):
+            if isinstance(value, str) and _RUN.fullmatch(value):
+                settings[key] = str(newest_checkpoint(Path(config.runs, *Path(value).parts[1:])) or value)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing left to do: `parse_arguments` has put the checkpoint's hyper-parameters below what the user gave."""
@@ -214,10 +230,10 @@ def last_run(runs: Path, paper: str, name: str) -> Path:
         FileNotFoundError: There is none.
     """
     folder = Path(runs) / paper / name
-    versions = [p.parent.parent for p in folder.glob("version_*/checkpoints/last.ckpt")]
-    if not versions:
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no version with checkpoints/last.ckpt; run isr fit first")
-    return max(versions, key=lambda path: int(path.name.removeprefix("version_")))
+    return checkpoint.parent.parent
 
 
 def config_run_name(path: Path) -> str:

@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule
 
 from common.parameters import Row, count
 from common.pretrained import architecture_only
-from common.restoration import RestorationModule
+from common.training import TrainingModule
 from launch.errors import UsageError
 from launch.lightning_cli import Parser
 
@@ -107,7 +107,7 @@ def summary(model: LightningModule) -> dict[str, Any]:
         `networks`: rows as dicts; `sums`: the paper's own sums; `total` and `trainable` over all networks but text
         encoders; `optimizers`: how much each of them trains.
     """
-    if isinstance(model, RestorationModule):
+    if isinstance(model, TrainingModule):
         rows, sums = model.parameter_rows(), model.parameter_sums()
         optimizers = {
             name: sum(p.numel() for p in model.trainable_parameters(name)) for name in model.trainable_patterns()
@@ -150,7 +150,7 @@ def table(title: str, counted: dict[str, Any]) -> str:
 
 
 def _children(model: LightningModule) -> list[Row]:
-    """Rows of a trainer that is no restoration method: its children."""
+    """Rows of a trainer that is no `TrainingModule`: its children."""
     rows = []
     for name, child in model.named_children():
         total, trainable = count(child)

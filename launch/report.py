@@ -1,8 +1,8 @@
 """Methods side by side: tables with intervals, a picture, and where every number comes from.
 
 `write_report` turns scores and images into a folder: `metrics.csv` (every number), `summary.csv` (a row for each method
-and data set), `report.md` (to be read), `grid.png` (to be looked at) and the same two for TensorBoard. But for the
-TensorBoard events, equal inputs give equal bytes.
+and data set), `report.md` (to be read), `grid.png` (to be looked at), `figures/` (plots that the methods left) and all
+that is read or looked at for TensorBoard too. But for the TensorBoard events, equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from common.figures import read_caption
 from common.restoration import Score, write_scores
 
 Pixels = NDArray[np.uint8]
@@ -29,6 +30,7 @@ Pictures = Mapping[str, Mapping[str, Pixels | None]]
 RESAMPLES = 10_000
 _CHUNK = 1_000  # resamples at a time
 _CROP = re.compile(r"(?P<photo>.+)_(?P<place>r\d+c\d+)_s\d+")
+_MARKDOWN_IMAGE = re.compile(r"!\[(?P<tag>.+?)\]\(.+?\)")
 _GAP, _FONT_SIZE, _LINE = 6, 14, 18
 _ENLARGE = 2
 
@@ -46,6 +48,23 @@ class Gain(NamedTuple):
     mean: float
     interval: Interval | None
     n: int
+
+
+class NamedFigure(NamedTuple):
+    """A plot, a PNG as `common.figures.save_figure` writes it, of the method with this label."""
+
+    label: str
+    path: Path
+
+    @property
+    def copy(self) -> str:
+        """Where the report keeps it, from the report's folder."""
+        return f"figures/{self.label.replace('/', '-')}-{self.path.stem}.png"
+
+    @property
+    def tag(self) -> str:
+        """How TensorBoard calls it."""
+        return f"figures/{self.label}/{self.path.stem}"
 
 
 class Scores:
@@ -318,6 +337,7 @@ def _markdown(
     pictures: Pictures,
     notes: Sequence[str],
     sources: Sequence[str],
+    figures: Sequence[NamedFigure],
 ) -> str:
     reference = baselines[0]
     parts = [
@@ -358,6 +378,12 @@ def _markdown(
     if sources:
         parts += ["## Where the rows come from", _bullets(sources)]
         parts += ["A run folder holds the whole configuration, config.yaml, and versions and git commit, run.json."]
+    if figures:
+        parts.append("## Figures")
+    for figure in figures:
+        parts += [f"### {figure.label}: {figure.path.stem}", f"![{figure.tag}]({figure.copy})"]
+        caption = " ".join(read_caption(figure.path).split())
+        parts += [caption] if caption else []
     parts += [
         "## Pictures",
         f"Columns: {', '.join(columns)}. Rows: {', '.join(pictures)}; chosen by a fixed rule, not by their looks. "
@@ -370,14 +396,27 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _write_events(folder: Path, text: str, grid: Image.Image) -> None:
+def _copy_figures(folder: Path, figures: Sequence[NamedFigure]) -> None:
+    """Copy the figures into the report's folder, and remove those of an earlier report."""
+    contents = {folder / figure.copy: figure.path.read_bytes() for figure in figures}
+    for old in set((folder / "figures").glob("*.png")) - contents.keys():
+        old.unlink()
+    for path, content in contents.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+
+def _write_events(folder: Path, text: str, grid: Image.Image, figures: Sequence[NamedFigure]) -> None:
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(folder)) as writer:
         writer.add_image("grid", np.asarray(grid), dataformats="HWC")
-        writer.add_text("report", text.replace("![grid](grid.png)", "See the image `grid`."))
+        for figure in figures:
+            with Image.open(folder / figure.copy) as image:
+                writer.add_image(figure.tag, np.asarray(image.convert("RGB")), dataformats="HWC")
+        writer.add_text("report", _MARKDOWN_IMAGE.sub(r"See the image `\g<tag>`.", text))
 
 
 def write_report(
@@ -388,6 +427,7 @@ def write_report(
     notes: Sequence[str] = (),
     sources: Sequence[str] = (),
     title: str = "Report",
+    figures: Sequence[NamedFigure] = (),
 ) -> Path:
     """Write the report's files into a folder, over those of an earlier report.
 
@@ -399,26 +439,33 @@ def write_report(
         notes: What a reader must know to judge the numbers.
         sources: A line for each method: configuration, steps, seconds.
         title: Heading.
+        figures: Plots to show with their captions, in order.
 
     Returns:
         Path of `report.md`.
 
     Raises:
-        ValueError: A baseline has no scores on a data set, or there is no image.
+        ValueError: A baseline has no scores on a data set, there is no image, or two figures would be one file.
+        FileNotFoundError: A figure is not there.
     """
     for dataset in scores.datasets:
         for baseline in baselines:
             if not scores.images(dataset, baseline):
                 raise ValueError(f"baselines: {baseline} has no scores on {dataset}; score it there too")
+    copies = [figure.copy for figure in figures]
+    if len(set(copies)) < len(copies):
+        twice = next(copy for copy in copies if copies.count(copy) > 1)
+        raise ValueError(f"figures: two would be {twice}; rename one of the two")
     folder.mkdir(parents=True, exist_ok=True)
     grid = draw_grid(pictures)
-    text = _markdown(title, scores, baselines, pictures, notes, sources)
+    text = _markdown(title, scores, baselines, pictures, notes, sources, figures)
     write_scores(folder / "metrics.csv", scores.in_order())
     (folder / "summary.csv").write_text(_summary(scores, baselines[0]))
     grid.save(folder / "grid.png")
     report = folder / "report.md"
     report.write_text(text)
-    _write_events(folder, text, grid)
+    _copy_figures(folder, figures)
+    _write_events(folder, text, grid, figures)
     return report
 
 

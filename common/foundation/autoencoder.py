@@ -5,7 +5,7 @@ Recipe and its traps: README.md beside this file. Reached by `make foundation`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.foundation.muon import Muon
 from common.foundation.schedule import anneal
 from common.pretrained import load_vae
 
@@ -49,6 +50,7 @@ class TinyAutoencoder(LightningModule):
         ema_decay: Decay of the averaged weights, which are the ones validated and saved.
         clip: Gradient norm limit.
         tail: Share of the steps, the last ones, over which the learning rate is annealed.
+        optimizer: `muon` learns in a third of `adamw`'s steps, see README.
         start: Diffusers folder whose `vae` subfolder to start from; its architecture then counts.
         decoder_only: Freeze the encoder, so that what was trained in its latent space stays valid.
     """
@@ -63,13 +65,14 @@ class TinyAutoencoder(LightningModule):
         ema_decay: float = 0.998,
         clip: float = 1.0,
         tail: float = 0.3,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         start: str | None = None,
         decoder_only: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr, self.kl_weight, self.pooled_weight, self.clip = lr, kl_weight, pooled_weight, clip
-        self.decoder_only, self.tail = decoder_only, tail
+        self.decoder_only, self.tail, self.optimizer = decoder_only, tail, optimizer
         vae = load_vae(start, trainable=True) if start else self._new_vae(channels, latent_channels)
         self.vae: AutoencoderKL = vae.to(memory_format=torch.channels_last)
         for part in (vae.encoder, vae.quant_conv) if decoder_only else ():
@@ -120,9 +123,12 @@ class TinyAutoencoder(LightningModule):
             self.log_dict(values, prog_bar=True, batch_size=len(x))
 
     def configure_optimizers(self) -> Any:
-        """AdamW, constant, then annealed."""
-        optimizer = torch.optim.AdamW(
-            [p for p in self.vae.parameters() if p.requires_grad], lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0
+        """Constant, then annealed."""
+        parameters = [p for p in self.vae.parameters() if p.requires_grad]
+        optimizer = (
+            Muon(parameters, lr=self.lr)
+            if self.optimizer == "muon"
+            else torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
         )
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
 

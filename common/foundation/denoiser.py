@@ -7,7 +7,7 @@ as Stable Diffusion's does. Recipe: README.md beside this file. Reached by `make
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel
 from common.autoencoder import ImageCodec
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
+from common.foundation.muon import Muon
 from common.foundation.schedule import anneal
 from common.images import to_pm1
 from common.pretrained import load_vae
@@ -45,6 +46,7 @@ class TinyDenoiser(LightningModule):
         ema_decay: Decay of the averaged weights, which are the ones validated and saved.
         clip: Gradient norm limit.
         tail: Share of the steps, the last ones, over which the learning rate is annealed.
+        optimizer: `muon` or `adamw`.
         seed: Of timesteps, noise and dropout.
     """
 
@@ -59,12 +61,13 @@ class TinyDenoiser(LightningModule):
         ema_decay: float = 0.998,
         clip: float = 1.0,
         tail: float = 0.3,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.condition_dropout, self.lr, self.clip, self.seed = condition_dropout, lr, clip, seed
-        self.tail = tail
+        self.tail, self.optimizer = tail, optimizer
         self.codec = ImageCodec(load_vae(vae))
         self.schedule = NoiseSchedule(SCHEDULE)
         self.tokenizer = ByT5Tokenizer(model_max_length=text_tokens, extra_ids=0)
@@ -137,8 +140,13 @@ class TinyDenoiser(LightningModule):
             self.log(f"val/loss_t{level}", value, prog_bar=True, batch_size=len(noise))
 
     def configure_optimizers(self) -> Any:
-        """AdamW, constant, then annealed."""
-        optimizer = torch.optim.AdamW(self.networks.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        """Constant, then annealed."""
+        parameters = self.networks.parameters()
+        optimizer = (
+            Muon(parameters, lr=self.lr)
+            if self.optimizer == "muon"
+            else torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        )
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:

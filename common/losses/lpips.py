@@ -1,4 +1,6 @@
-"""LPIPS on VGG16 (Zhang et al., arXiv:1801.03924) and its edge-aware form, DFOSD's ablation."""
+"""LPIPS (Zhang et al., arXiv:1801.03924) on VGG16 or AlexNet, and its edge-aware form, DFOSD's ablation."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +22,21 @@ class LPIPS(nn.Module):
             otherwise the linear weights are the official ones (v0.1).
         width: Factor on the number of channels; other than 1 only with `random` weights.
         seed: Seed of the `random` weights.
+        net: Trunk: `vgg16`, usual in losses, or `alexnet`, usual in tables.
     """
 
     linear: Tensor
 
-    def __init__(self, weights: str = "random", width: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self, weights: str = "random", width: float = 1.0, seed: int = 0, net: Literal["vgg16", "alexnet"] = "vgg16"
+    ) -> None:
         super().__init__()
-        self.trunk = VGGTrunk((3, 8, 15, 22, 29), "vgg16", weights, width, "max", seed)
+        layers = (3, 8, 15, 22, 29) if net == "vgg16" else (1, 4, 7, 9, 11)  # the ReLUs before each pooling, or all
+        self.trunk = VGGTrunk(layers, net, weights, width, "max", seed)
         if weights == "random":
             linear = [torch.full((num,), 1 / num) for num in self.trunk.channels]
         else:
-            official = read_torchmetrics_weights("lpips_models/vgg.pth")
+            official = read_torchmetrics_weights(f"lpips_models/{net.removesuffix('16').removesuffix('net')}.pth")
             linear = [official[f"lin{index}.model.1.weight"].flatten() for index in range(5)]
         self.register_buffer("linear", torch.cat(linear), persistent=False)
 
@@ -38,7 +44,7 @@ class LPIPS(nn.Module):
         """Compare images with targets; only `x_01` gets a gradient.
 
         Args:
-            x_01: Images, (B, 3, H, W), RGB in [0, 1], sides of at least 16; nothing is clamped.
+            x_01: Images, (B, 3, H, W), RGB in [0, 1], sides of at least 16 (AlexNet: 35); nothing is clamped.
             y_01: Targets, same shape and range.
 
         Returns:
@@ -56,7 +62,7 @@ class LPIPS(nn.Module):
             maps_x = self.trunk(x)
             with torch.no_grad():
                 maps_y = self.trunk(y)
-            diffs = [_squared_difference(*pair) for pair in zip(maps_x, maps_y, strict=True)]  # (B, C_i) each
+            diffs = [mean_square(_unit(a) - _unit(b)) for a, b in zip(maps_x, maps_y, strict=True)]  # (B, C_i) each
             return (torch.cat(diffs, 1) * self.linear).sum(1)
 
 
@@ -91,10 +97,9 @@ class EALPIPS(nn.Module):
         return self.lpips.distance(x_01, y_01) + self.lpips.distance(edges_x, edges_y)
 
 
-def _squared_difference(x: Tensor, y: Tensor) -> Tensor:
-    """Mean over the pixels of the squared difference of unit feature vectors; (B, C, H, W) in, (B, C) out."""
-    diff = _unit(x) - _unit(y)
-    return (diff * diff).sum((2, 3)) / (x.shape[2] * x.shape[3])  # faster backward than square and mean on a CPU
+def mean_square(diff: Tensor) -> Tensor:
+    """Mean over the pixels of the squares; (B, C, H, W) in, (B, C) out."""
+    return (diff * diff).sum((2, 3)) / (diff.shape[2] * diff.shape[3])  # faster backward than square and mean on a CPU
 
 
 def _unit(features: Tensor) -> Tensor:

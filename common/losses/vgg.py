@@ -1,4 +1,4 @@
-"""The VGG trunk that all feature losses share: frozen, in eval mode, in fp32."""
+"""The trunk that all feature losses share: VGG16, VGG19 or AlexNet, frozen, in eval mode, in fp32."""
 
 import importlib.util
 import logging
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-Arch = Literal["vgg16", "vgg19"]
+Arch = Literal["vgg16", "vgg19", "alexnet"]
 Pooling = Literal["max", "l2"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -21,6 +21,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CONVS_PER_STAGE = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 _CHANNELS_PER_STAGE = (64, 128, 256, 512, 512)
+_ALEXNET_CHANNELS = (64, 192, 384, 256, 256)  # torchvision's AlexNet, which LPIPS's metric stands on
+_ALEXNET_CONVS = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
+_ALEXNET_POOLED = (0, 1, 4)  # convolutions followed by a pooling
+_TORCHVISION = {"vgg16": "VGG16", "vgg19": "VGG19", "alexnet": "AlexNet"}
 
 
 class L2Pool(nn.Module):
@@ -44,7 +48,7 @@ class L2Pool(nn.Module):
 
 
 class VGGTrunk(nn.Module):
-    """Convolutions of VGG16 or VGG19 with torchvision's `features.*` keys; returns the asked layers' outputs.
+    """Convolutions of VGG16, VGG19 or AlexNet with torchvision's `features.*` keys; returns the asked layers' outputs.
 
     Frozen, always in eval mode, and computed in the dtype of its weights (fp32) whatever autocast says outside. The
     ReLUs are not in-place, so the output of a convolution can be asked for before its ReLU.
@@ -77,24 +81,12 @@ class VGGTrunk(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if width <= 0 or (width != 1.0 and weights != "random"):
-            raise ValueError(f"width={width} does not fit weights={weights!r}; use width=1.0, or weights='random'.")
-        self.channels = tuple(max(1, round(width * channels)) for channels in _CHANNELS_PER_STAGE)
-        self.features = _build_features(arch, self.channels, pooling)
+        self.channels = stage_channels(width, arch)
+        self.features = build_features(arch, self.channels, pooling)
         if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < len(self.features):
             raise ValueError(f"layers={list(layers)} must increase within 0..{len(self.features) - 1} for {arch}.")
         self.layers = tuple(layers)
-        if weights == "random":
-            logger.warning("%s trunk has random weights (width %g): a stand-in for tests and demos.", arch, width)
-            state = _random_state(self, seed)
-        else:
-            state = _pretrained_state(arch) if weights == "pretrained" else _read_state(weights)
-        state = {key: value.float() for key, value in state.items() if key.startswith("features.")}
-        try:
-            self.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as err:
-            reason = " ".join(str(err).split())[:300]
-            raise ValueError(f"weights={weights!r} is no torchvision {arch} state dict: {reason}") from err
+        load_features(self, arch, weights, width, seed)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last).requires_grad_(False).train(False)
@@ -131,10 +123,22 @@ class VGGTrunk(nn.Module):
         return outputs
 
 
-def _build_features(arch: Arch, channels: Sequence[int], pooling: Pooling) -> nn.Sequential:
+def stage_channels(width: float, arch: Arch = "vgg16") -> tuple[int, ...]:
+    """The number of channels in each of the five stages (AlexNet: convolutions), times `width`."""
+    channels = _ALEXNET_CHANNELS if arch == "alexnet" else _CHANNELS_PER_STAGE
+    return tuple(max(1, round(width * number)) for number in channels)
+
+
+def build_features(arch: Arch, channels: Sequence[int], pooling: Pooling, in_channels: int = 3) -> nn.Sequential:
     """Lay out torchvision's `features` on the meta device, which draws no random numbers."""
     features: list[nn.Module] = []
-    channels_in = 3
+    channels_in = in_channels
+    if arch == "alexnet":
+        for index, (channels_out, (kernel, stride, padding)) in enumerate(zip(channels, _ALEXNET_CONVS, strict=True)):
+            features += [nn.Conv2d(channels_in, channels_out, kernel, stride, padding, device="meta"), nn.ReLU()]
+            features += [nn.MaxPool2d(3, 2)] if index in _ALEXNET_POOLED else []
+            channels_in = channels_out
+        return nn.Sequential(*features)
     for num_convs, channels_out in zip(_CONVS_PER_STAGE[arch], channels, strict=True):
         for _ in range(num_convs):
             features += [nn.Conv2d(channels_in, channels_out, 3, padding=1, device="meta"), nn.ReLU()]
@@ -143,13 +147,42 @@ def _build_features(arch: Arch, channels: Sequence[int], pooling: Pooling) -> nn
     return nn.Sequential(*features)
 
 
-def _random_state(trunk: nn.Module, seed: int) -> dict[str, Tensor]:
+def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: int) -> None:
+    """Fill what `build_features` laid out, in fp32.
+
+    Args:
+        net: Holder of the layout as its attribute `features`, and of no other parameter yet.
+        arch: The network.
+        weights: `pretrained`, `random` or a path, as for `VGGTrunk`.
+        width: The factor that the layout was made with.
+        seed: Seed of the `random` weights.
+
+    Raises:
+        ValueError: `width` does not fit, or a file does not hold this network.
+        FileNotFoundError: The weights cannot be had.
+    """
+    if width <= 0 or (width != 1.0 and weights != "random"):
+        raise ValueError(f"width={width} does not fit weights={weights!r}; use width=1.0, or weights='random'.")
+    if weights == "random":
+        logger.warning("%s trunk has random weights (width %g): a stand-in for tests and demos.", arch, width)
+        state = random_state(net, seed)
+    else:
+        state = _pretrained_state(arch) if weights == "pretrained" else read_state(weights)
+    state = {key: value.float() for key, value in state.items() if key.startswith("features.")}
+    try:
+        net.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as err:
+        reason = " ".join(str(err).split())[:300]
+        raise ValueError(f"weights={weights!r} is no torchvision {arch} state dict: {reason}") from err
+
+
+def random_state(trunk: nn.Module, seed: int) -> dict[str, Tensor]:
     """He initialisation over the fan-in, zero biases, from a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, meta in trunk.state_dict().items():
         if key.endswith("weight"):
-            std = math.sqrt(2 / (meta.shape[1] * 9))
+            std = math.sqrt(2 / math.prod(meta.shape[1:]))
             state[key] = torch.randn(meta.shape, generator=generator, dtype=torch.float32) * std
         else:
             state[key] = torch.zeros(meta.shape)
@@ -160,7 +193,7 @@ def _pretrained_state(arch: Arch) -> dict[str, Tensor]:
     """Get the ImageNet weights of torchvision, from its cache or the network."""
     from torchvision.models import get_weight
 
-    entry = get_weight(f"{arch.upper()}_Weights.IMAGENET1K_V1")
+    entry = get_weight(f"{_TORCHVISION[arch]}_Weights.IMAGENET1K_V1")
     try:
         return entry.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as err:
@@ -170,12 +203,20 @@ def _pretrained_state(arch: Arch) -> dict[str, Tensor]:
         ) from err
 
 
-def _read_state(weights: str) -> dict[str, Tensor]:
-    """Read a .pth or .safetensors state dict."""
+def read_state(weights: str, instead: str = "'pretrained', or 'random'") -> dict[str, Tensor]:
+    """Read a .pth or .safetensors state dict.
+
+    Args:
+        weights: Path of the file.
+        instead: What else the caller's `weights` may be, for the message.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
     path = Path(weights)
     if path.suffix not in (".pth", ".safetensors") or not path.is_file():
         raise FileNotFoundError(
-            f"weights={weights!r} is no existing .pth or .safetensors file; pass one, or 'pretrained', or 'random'."
+            f"weights={weights!r} is no existing .pth or .safetensors file; pass one, or {instead}."
         )
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file

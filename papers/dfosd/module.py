@@ -29,7 +29,8 @@ from common.pretrained import (
     load_unet,
     load_vae,
 )
-from common.restoration import Batch, Inference, RestorationModule
+from common.restoration import Inference, RestorationModule
+from common.training import Batch
 from papers.dfosd.networks import LatentDiscriminator, NoiseAwareDiscriminator, PixelDiscriminator
 
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common import restoration
+from common.draws import Draws
 from common.images import bicubic_upsample, write_png
 from common.metrics import MetricUnavailableError
-from common.restoration import Batch, Inference, NonFiniteLossError, RestorationModule
+from common.restoration import Inference, RestorationModule
+from common.training import Batch, NonFiniteLossError
 
 PLAIN = Inference(color_fix="none", tile=None)
 
@@ -141,7 +143,7 @@ class TestTraining:
         trainer(max_steps=1).fit(toy, loader(2))
         batch = {k: torch.stack([s[k] for s in samples(2)]).float() / 255 for k in ("lq", "hq")}
         twin._trainer = None
-        noise = restoration.Draws(0, torch.arange(2)).normal("noise", (3, 8, 8))
+        noise = Draws(0, torch.arange(2)).normal("noise", (3, 8, 8))
         sr = twin.net(twin.frozen(batch["lq"] + 0.1 * noise))
         loss = (sr - batch["lq"]).square().mean() - 0.1 * twin.critic(sr).mean()
         gradient = torch.autograd.grad(loss, list(twin.net.parameters()))

@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from common.figures import predicted_against_target, save_figure
 from common.images import write_png
 from common.metrics import build_metric
 from common.restoration import Score, write_scores
@@ -48,7 +49,7 @@ class Lightning:
     """
 
     def __init__(self, names):
-        self.names, self.calls, self.failing, self.without_image = names, [], {}, set()
+        self.names, self.calls, self.failing, self.without_image, self.figures = names, [], {}, set(), {}
 
     def __call__(self, command, args):
         self.calls.append((command, list(args)))
@@ -71,6 +72,9 @@ class Lightning:
         methods = ((name, value), (f"{name} (raw)", value - 1))
         scores = [Score(m, "photos", n, "psnr_y", v, PSNR_Y) for m, v in methods for n in self.names]
         write_scores(run / "test" / "metrics.csv", scores)
+        for stem in self.figures.get(name, []):
+            figure = predicted_against_target([1.0, 2.0], [1.5, 2.5], 3, stem)
+            save_figure(run / "test" / "figures" / f"{stem}.png", figure, f"{stem} of {name}")
         for image in self.names:
             if name not in self.without_image:
                 picture = np.full((128, 128, 3), 77, np.uint8)
@@ -213,6 +217,24 @@ def test_pictures_that_a_row_lacks_are_named(lightning, tmp_path):
     runs = tmp_path / "runs"
     assert demo.run("demo", ["--runs", str(runs), "--only", "soon"]) == 0
     assert "- b_sr/soon has no picture of 5 images (chelsea_" in (runs / "demo" / "report" / "report.md").read_text()
+
+
+def test_figures_of_the_rows_that_succeeded_are_in_the_report_in_order(lightning, tmp_path, monkeypatch):
+    lightning.figures = {"demo-soon": ["noise", "blur"], "demo-only": ["blur"], "demo-late": ["lost"]}
+
+    def late_fails_after_its_figures(command, args):
+        code = lightning(command, args)
+        return 1 if command == "test" and "02_late" in args[1] else code
+
+    monkeypatch.setattr(lightning_cli, "run", late_fails_after_its_figures)
+    runs = tmp_path / "runs"
+    assert demo.run("demo", ["--runs", str(runs)]) == 1
+    text = (runs / "demo" / "report" / "report.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("### ") and "gain" not in line]
+    assert headings == ["### a_sr/only: blur", "### b_sr/soon: blur", "### b_sr/soon: noise"]
+    assert "![figures/b_sr/soon/noise](figures/b_sr-soon-noise.png)\n\nnoise of demo-soon\n" in text
+    files = sorted(path.name for path in (runs / "demo" / "report" / "figures").iterdir())
+    assert files == ["a_sr-only-blur.png", "b_sr-soon-blur.png", "b_sr-soon-noise.png"]
 
 
 def test_baselines_are_scored_on_the_images_that_the_rows_were_tested_on(lightning, names, tmp_path):

@@ -5,8 +5,10 @@ import pytest
 import scipy.stats
 from PIL import Image
 
+from common.figures import predicted_against_target, save_figure
 from common.restoration import Score, write_scores
 from launch.report import (
+    NamedFigure,
     Scores,
     bootstrap_interval,
     draw_grid,
@@ -59,6 +61,13 @@ def _pictures(missing=False):
         }
         for name in NAMES[:2]
     }
+
+
+def _figure(folder, label, stem, caption="what one sees"):
+    """A plot as a run leaves it."""
+    path = folder / label / f"{stem}.png"
+    save_figure(path, predicted_against_target([1.0, 2.0], [1.5, 2.5], 3, stem), caption)
+    return NamedFigure(label, path)
 
 
 @pytest.mark.parametrize("n", [5, 63])
@@ -242,3 +251,73 @@ def test_tensorboard_gets_the_newest_picture_and_text_only(tmp_path):
         assert (shown.width, shown.height) == grid.size
     (text,) = events.Tensors("report/text_summary")
     assert b"| toy/net (raw) | 24 |" in text.tensor_proto.string_val[0]
+
+
+def test_figures_are_copied_and_shown_with_their_captions_before_the_pictures(tmp_path):
+    scores, _ = _example()
+    figures = [_figure(tmp_path, "toy/net", "blur", "predicted\n blur"), _figure(tmp_path, "toy/late", "eps", "noise")]
+    report = tmp_path / "report"
+    text = write_report(report, scores, BASELINES, _pictures(), figures=figures).read_text()
+    section = text[text.index("## Figures") : text.index("## Pictures")]
+    assert section.split("\n\n")[:-1] == [
+        "## Figures",
+        "### toy/net: blur",
+        "![figures/toy/net/blur](figures/toy-net-blur.png)",
+        "predicted blur",
+        "### toy/late: eps",
+        "![figures/toy/late/eps](figures/toy-late-eps.png)",
+        "noise",
+    ]
+    assert text.rindex("| toy/net (raw) |") < text.index("## Figures")
+    assert sorted(path.name for path in (report / "figures").iterdir()) == ["toy-late-eps.png", "toy-net-blur.png"]
+    assert (report / "figures" / "toy-net-blur.png").read_bytes() == figures[0].path.read_bytes()
+
+
+def test_without_figures_there_is_no_section_and_no_file_of_an_earlier_report(tmp_path):
+    scores, _ = _example()
+    report = tmp_path / "report"
+    figures = [_figure(tmp_path, "toy/net", stem) for stem in ("blur", "eps")]
+    write_report(report, scores, BASELINES, _pictures(), figures=figures)
+    write_report(report, scores, BASELINES, _pictures(), figures=figures[1:])
+    assert [path.name for path in (report / "figures").iterdir()] == ["toy-net-eps.png"]
+    text = write_report(report, scores, BASELINES, _pictures()).read_text()
+    assert "figures" not in text.lower()
+    assert not list(report.glob("figures/*"))
+    plain = tmp_path / "plain"
+    write_report(plain, scores, BASELINES, _pictures())
+    assert not (plain / "figures").exists()
+
+
+def test_a_figure_of_another_hand_is_shown_without_a_caption(tmp_path):
+    scores, _ = _example()
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    figures = [NamedFigure("toy/net", tmp_path / "plain.png")]
+    text = write_report(tmp_path / "report", scores, BASELINES, _pictures(), figures=figures).read_text()
+    assert "![figures/toy/net/plain](figures/toy-net-plain.png)\n\n## Pictures" in text
+
+
+def test_two_figures_for_one_file_and_a_figure_that_is_not_there_are_errors_before_anything_is_written(tmp_path):
+    scores, _ = _example()
+    figures = [_figure(tmp_path, "toy/net", "a-b"), _figure(tmp_path, "toy/net-a", "b")]
+    report = tmp_path / "report"
+    with pytest.raises(ValueError, match=r"figures: two would be figures/toy-net-a-b\.png"):
+        write_report(report, scores, BASELINES, _pictures(), figures=figures)
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        write_report(report, scores, BASELINES, _pictures(), figures=[NamedFigure("x", tmp_path / "none.png")])
+    assert not (report / "report.md").exists()
+
+
+def test_tensorboard_gets_the_figures_under_the_names_that_its_text_says(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scores, _ = _example()
+    figures = [_figure(tmp_path, "toy/net", "blur")]
+    write_report(tmp_path / "report", scores, BASELINES, _pictures(), figures=figures)
+    events = EventAccumulator(str(tmp_path / "report")).Reload()
+    assert sorted(events.Tags()["images"]) == ["figures/toy/net/blur", "grid"]
+    (shown,) = events.Images("figures/toy/net/blur")
+    assert (shown.width, shown.height) == (600, 600)
+    (text,) = events.Tensors("report/text_summary")
+    assert b"See the image `figures/toy/net/blur`.\n\nwhat one sees" in text.tensor_proto.string_val[0]
+    assert b"See the image `grid`." in text.tensor_proto.string_val[0]
+    assert b"](" not in text.tensor_proto.string_val[0]

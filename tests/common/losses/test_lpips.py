@@ -83,6 +83,23 @@ class TestLPIPS:
         assert expected.min() > 1e-3
         assert_close(official(x, y), expected, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 3, 49, 70)])
+    def test_on_alexnet_equals_torchmetrics_too(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
+        import torchmetrics.functional.image.lpips as module
+        from torchvision.models import alexnet
+
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            network = alexnet(weights=None)
+        torch.save(network.state_dict(), tmp_path / "alexnet.pth")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_get_tv_model_features", lambda *_: network.features)
+            expected_loss = module._NoTrainLpips(pretrained=True, net="alex")
+        x, y = _images(*shape)
+        expected = expected_loss(2 * x - 1, 2 * y - 1).flatten()
+        assert expected.min() > 1e-4
+        assert_close(LPIPS(str(tmp_path / "alexnet.pth"), net="alexnet")(x, y), expected, rtol=0, atol=1e-6)
+
     @pytest.mark.parametrize("width", [1.0, 0.25])
     def test_equals_the_formula_written_out_in_float64(self, width: float) -> None:
         loss = LPIPS(width=width)

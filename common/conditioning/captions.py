@@ -1,0 +1,146 @@
+"""Captions: an image-to-text model of transformers says what an image shows, for methods that train on captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from torch import Tensor
+
+from common.metrics import to_uint8
+from common.pretrained import HUB_ID, WeightsNotFoundError, ask_hub
+
+_CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
+_WEIGHTS = ("model.safetensors", "model-*.safetensors")
+_CACHED_WEIGHTS = (*_WEIGHTS, "pytorch_model*.bin")
+
+
+class Captioner:
+    """A frozen image-to-text model in float32, loaded at the first call; equal images give equal captions.
+
+    Args:
+        model: Hub id, from the Hugging Face cache or else downloaded into it, or folder of a model that transformers
+            knows as image-text-to-text: LLaVA-OneVision, BLIP, Florence-2 and others.
+        instruction: What chat models are asked. Florence-2 takes its tasks, such as `<CAPTION>`. A model with neither
+            chat template nor tasks, such as BLIP, sees the image alone.
+        max_new_tokens: A caption is cut after so many tokens.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1.
+    """
+
+    def __init__(
+        self, model: str, instruction: str = "Describe this image in one sentence.", max_new_tokens: int = 64
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is out of range; give 1 or more")
+        self.model = model
+        self.instruction = instruction
+        self.max_new_tokens = max_new_tokens
+        self._device = torch.device("cpu")
+        self._loaded: tuple[Any, Any] | None = None
+
+    def to(self, device: torch.device | str) -> Captioner:
+        """Caption on this device from now on; loads nothing."""
+        self._device = torch.device(device)
+        if self._loaded is not None:
+            self._loaded[1].to(self._device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, x_01: Tensor) -> list[str]:
+        """Caption images by greedy decoding.
+
+        Args:
+            x_01: (B, 3, h, w), [0, 1], on any device; rounded to 8 bits.
+
+        Returns:
+            B captions, without the instruction, special tokens and surrounding blanks.
+
+        Raises:
+            ValueError: `x_01` is no batch of images, or `model` is none that can caption.
+            WeightsNotFoundError: The model is not there and cannot be fetched.
+        """
+        if x_01.ndim != 4:
+            raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; (B, 3, h, w) is wanted")
+        from PIL import Image
+
+        images = [Image.fromarray(image) for image in to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy()]
+        if not images:
+            return []
+        if self._loaded is None:
+            self._loaded = self._load()
+        processor, model = self._loaded
+        inputs = self._inputs(processor, images).to(self._device)
+        tokens = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        if "input_ids" in inputs and not model.config.is_encoder_decoder:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # a decoder alone repeats what it was given
+        return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _inputs(self, processor: Any, images: list[Any]) -> Any:
+        """What the model takes; images of one size give prompts of one length, so nothing is padded."""
+        if getattr(processor, "chat_template", None):
+            text = {"type": "text", "text": self.instruction}
+            chats = [[{"role": "user", "content": [{"type": "image", "image": image}, text]}] for image in images]
+            return processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        if hasattr(processor, "task_prompts_without_inputs"):  # Florence-2's
+            return processor(images=images, text=[self.instruction] * len(images), return_tensors="pt")
+        return processor(images=images, return_tensors="pt")
+
+    def _load(self) -> tuple[Any, Any]:
+        """Processor and model."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        root = self._root()
+        try:
+            processor = AutoProcessor.from_pretrained(root, local_files_only=True)
+            if not hasattr(processor, "image_processor"):  # what transformers gives where that file is missing
+                raise OSError(f"{root} has no image processor (preprocessor_config.json)")
+            model = AutoModelForImageTextToText.from_pretrained(root, dtype=torch.float32, local_files_only=True)
+        except OSError as error:
+            raise WeightsNotFoundError(
+                f"model='{self.model}' cannot be read: {_one_line(error)}. Give a folder with processor, config and "
+                "weights as transformers saves them, or a hub id."
+            ) from error
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"model='{self.model}' is no image-to-text model that transformers knows: {_one_line(error)}. Give one "
+                "that AutoModelForImageTextToText loads, e.g. 'llava-hf/llava-onevision-qwen2-0.5b-ov-hf'."
+            ) from error
+        return processor, model.to(self._device).eval().requires_grad_(False)
+
+    def _root(self) -> Path:
+        """The folder with the model, fetched from the hub if it must be."""
+        folder = Path(self.model).expanduser()
+        if folder.is_dir():
+            return folder
+        if not HUB_ID.fullmatch(self.model):
+            raise ValueError(
+                f"model='{self.model}' is no existing folder and no hub id (owner/name); give one of these."
+            )
+        try:
+            root = Path(huggingface_hub.snapshot_download(self.model, local_files_only=True))
+            if any(next(root.glob(pattern), None) for pattern in _CACHED_WEIGHTS):
+                return root
+        except FileNotFoundError:  # LocalEntryNotFoundError: nothing of it in the cache
+            pass
+        try:
+            ask_hub()
+            return Path(huggingface_hub.snapshot_download(self.model, allow_patterns=[*_CONFIGS, *_WEIGHTS]))
+        except Exception as error:
+            known = isinstance(error, ConnectionError)
+            reason = (
+                _one_line(error) if known else f"the download failed with {type(error).__name__}: {_one_line(error)}"
+            )
+            raise WeightsNotFoundError(
+                f"model='{self.model}': not in the Hugging Face cache {huggingface_hub.constants.HF_HUB_CACHE}, and "
+                f"{reason}. Fetch it with `hf download {self.model}`, or give a folder."
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

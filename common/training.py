@@ -1,0 +1,240 @@
+"""How every method is trained, written once: optimisers by turns, reproducible draws, averages, lean checkpoints.
+
+A training stage derives from `TrainingModule` and writes `configure_model`, `training_step` and `configure_optimizers`;
+it names what it trains in `trainable`. One that restores images derives from `common.restoration.RestorationModule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from common.checkpoints import check_keys, check_shapes, kept_keys, matching
+from common.draws import Draws
+from common.ema import EMA
+from common.parameters import Row, is_lora
+
+Batch = dict[str, Any]
+"""`lq` (B,3,h,w) and `hq` (B,3,s*h,s*w), uint8 or float in [0,1]; `prompt`, `name`: list[str]; `index`: (B,) int64."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the batch was saved, no weight was changed by it."""
+
+
+class TrainingModule(LightningModule):
+    """Base of all training stages; see the file's head.
+
+    Args:
+        seed: Of every random draw in training.
+        ema_decay: Decay of the average of the trained weights, which then is what gets validated and tested.
+        clip: Limit of each optimiser's gradient norm; null for none.
+        accumulate: Batches whose gradients make one update.
+    """
+
+    trainable: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Optimiser -> name patterns of the parameters it trains, in the optimisers' order; the first one sets the pace."""
+
+    def __init__(
+        self, seed: int = 0, ema_decay: float | None = None, clip: float | None = 1.0, accumulate: int = 1
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # the frozen base is not in checkpoints; on_load_checkpoint checks the rest
+        self.seed, self.clip, self.accumulate = seed, clip, accumulate
+        self.ema = EMA(ema_decay) if ema_decay is not None else None
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate} is out of range; set 1 or more batches an update")
+        self.register_buffer("train_step", torch.zeros((), dtype=torch.long))
+        self.train_step: Tensor  # calls of training_step begun, micro-batches included
+        self.results_dir: Path | None = None  # where test and predict write; default: in the run's folder
+        self._run_dir = Path(".")
+        self._grad_norm = torch.zeros(())
+        self._batch: Batch = {}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The method's networks by the name that `isr parameters` prints; default: its direct children."""
+        return dict(self.named_children())
+
+    def parameter_rows(self) -> list[Row]:
+        """What `isr parameters` prints: for each of `networks` its own weights and its adapters, each parameter once.
+
+        Override to add what is no network of the method, such as text encoders (kind `text`).
+        """
+        trained = {id(parameter) for parameter in self.all_trainable().values()}
+        seen: set[int] = set()
+        rows = []
+        for network, module in self.networks().items():
+            named = {name: p for name, p in module.named_parameters() if id(p) not in seen}
+            seen.update(map(id, named.values()))
+            for lora in (False, True):
+                part = [p for name, p in named.items() if is_lora(name) is lora]
+                learnt = sum(p.numel() for p in part if id(p) in trained)
+                if part and lora:
+                    rows.append(Row(f"{network} LoRA", "adapter", sum(p.numel() for p in part), learnt))
+                elif part:
+                    rows.append(Row(network, "module" if learnt else "base", sum(p.numel() for p in part), learnt))
+        if self.ema is not None:
+            rows.append(Row("EMA of what is trained", "copy", sum(row.trainable for row in rows), 0))
+        return rows
+
+    def parameter_sums(self) -> dict[str, int]:
+        """Sums over rows that the paper publishes, by what they sum; default: none."""
+        return {}
+
+    # Training
+
+    def trainable_parameters(self, optimizer: str) -> list[nn.Parameter]:
+        """The parameters of one of the optimisers that `trainable` names."""
+        return list(matching(self, self.trainable_patterns()[optimizer]).values())
+
+    def trainable_patterns(self) -> Mapping[str, tuple[str, ...]]:
+        """`trainable`, less what this configuration switches off; override where it does."""
+        return self.trainable
+
+    def all_trainable(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by its dotted name."""
+        return matching(self, [pattern for patterns in self.trainable_patterns().values() for pattern in patterns])
+
+    def draws(self, batch: Batch) -> Draws:
+        """Random numbers for this batch that resume and several processes reproduce."""
+        index = batch.get("index")
+        if index is None:  # a foreign data module: count what this run has seen
+            size = len(batch["lq"])
+            first = ((int(self.train_step) - 1) * self.trainer.world_size + self.global_rank) * size
+            index = torch.arange(first, first + size)
+        return Draws(self.seed, index, self.device)
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[Callable[[Tensor], None]]:
+        """One optimiser's turn: only its parameters require grad, and the yielded function updates them by a loss.
+
+        The update runs backward and, at the end of an accumulation window, clips (after unscaling), steps, advances the
+        scheduler and zeroes. Only the first optimiser's steps count as Lightning's `global_step`, so that `max_steps`,
+        checkpoints and schedules count train steps, not optimiser calls.
+        """
+        order = list(self.trainable_patterns())
+        which = order.index(name)
+        optimizers = self.optimizers(use_pl_optimizer=True)
+        optimizer: Any = optimizers[which] if isinstance(optimizers, list) else optimizers
+
+        def update(loss: Tensor) -> None:
+            self._stop_if_not_finite(name, loss)
+            self.manual_backward(loss / self.accumulate)
+            if int(self.train_step) % self.accumulate:
+                return
+            if which:
+                optimizer._on_before_step = optimizer._on_after_step = lambda: None
+            optimizer.step()
+            # not in the hook: Lightning drops an epoch's first numbers when two hooks log by turns
+            self.log(f"grad_norm/{name}", self._grad_norm)
+            optimizer.zero_grad()
+            schedulers: Any = self.lr_schedulers()
+            schedulers = schedulers if isinstance(schedulers, list) else [schedulers] if schedulers else []
+            for scheduler in schedulers:
+                if getattr(scheduler, "optimizer", None) is optimizer.optimizer:
+                    scheduler.step()
+            if which == 0 and self.ema is not None:
+                self.ema.update(self.all_trainable())
+
+        with self.toggled_optimizer(optimizer):
+            yield update
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip; called after mixed precision has unscaled the gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip is not None else float("inf"))
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, but training's numbers are means over all processes: what one process with all samples logs."""
+        kwargs["sync_dist"] = kwargs.get("sync_dist", False) or name.startswith("train/")
+        super().log(name, value, *args, **kwargs)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Count the step before it runs, so that a checkpoint made after it agrees."""
+        self.train_step += 1
+        self._batch = batch
+
+    def _stop_if_not_finite(self, name: str, loss: Tensor) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        path = self._run_dir / f"nonfinite_step{int(self.train_step)}_rank{self.global_rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._batch.items()}, path
+        )
+        raise NonFiniteLossError(
+            f"the {name} loss is {float(loss)} at train step {int(self.train_step)}; its batch is in {path} and the "
+            "last checkpoint is unharmed: lower the learning rate, or look at that batch"
+        )
+
+    # Images come as uint8 and become float on the device
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """uint8 to float in [0,1]."""
+        for key in ("lq", "hq"):
+            if key in batch and batch[key].dtype == torch.uint8:
+                batch[key] = batch[key].float() / 255
+        return batch
+
+    def on_fit_start(self) -> None:
+        """Note the run's folder."""
+        self._run_dir = Path(self.trainer.log_dir or ".")  # asking for it is a broadcast: all processes must
+
+    @property
+    def run_name(self) -> str:
+        """Name of this run in tables: its folder's."""
+        name = getattr(self.trainer.logger, "name", None)
+        return str(name).rpartition("/")[2] if name else type(self).__name__
+
+    def _results(self) -> Path:
+        return self.results_dir or Path(self.trainer.log_dir or ".")
+
+    def _dataset_name(self, stage: str, dataloader_idx: int) -> str:
+        names = getattr(getattr(self.trainer, "datamodule", None), "dataset_names", {}).get(stage, [])
+        return str(names[dataloader_idx]) if dataloader_idx < len(names) else f"{stage}{dataloader_idx}"
+
+    # The averaged weights are what is looked at
+
+    def _swap_ema(self) -> None:
+        if self.ema is not None:
+            self.ema.swap(self.all_trainable())
+
+    def on_validation_start(self) -> None:
+        """Put the averages in; the end of the epoch takes them out."""
+        self._swap_ema()
+
+    def on_validation_epoch_end(self) -> None:
+        """Take the averages out: before `on_validation_end`, in which ModelCheckpoint saves the weights."""
+        self._swap_ema()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+    # Checkpoints hold what is trained
+
+    def checkpoint_keys(self) -> set[str]:
+        """State-dict keys that a checkpoint of this method holds."""
+        return kept_keys(self, self.all_trainable())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop the frozen base."""
+        keys = self.checkpoint_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that it fits before anything is loaded."""
+        check_keys(self.checkpoint_keys(), set(checkpoint["state_dict"]), "the checkpoint")
+        check_shapes(self, checkpoint["state_dict"], "the checkpoint")
+        if self.ema is not None:
+            if "ema" not in checkpoint:
+                raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
+            self.ema.load_state_dict(checkpoint["ema"], self.all_trainable())

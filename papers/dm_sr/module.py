@@ -1,0 +1,412 @@
+"""DM-SR: the encoder that moves low-quality images onto the noisy latents a frozen one-step denoiser knows (stage 2).
+
+`configs/sd_turbo.yaml` is the paper's run, `README.md` the card; `estimation.py` is stage 1.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from common.autoencoder import ImageCodec
+from common.conditioning.captions import Captioner
+from common.conditioning.text import encode_prompts
+from common.denoisers.unet import Prediction, UNetDenoiser
+from common.diffusion import NoiseSchedule
+from common.draws import Draws
+from common.figures import figure_to_tensor, noise_distribution, save_figure
+from common.images import bicubic_upsample, to_01, to_pm1
+from common.losses import (
+    LatentLPIPS,
+    build_image_loss,
+    distribution_matching_gradient,
+    l1,
+    noise_gradient,
+    score_surrogate,
+)
+from common.parameters import Row, count
+from common.pretrained import (
+    architecture_only,
+    is_architecture_only,
+    load_schedule_config,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+)
+from common.restoration import Inference, RestorationModule
+from common.training import Batch
+from papers.dm_sr.losses import GANLoss, adversarial_loss, discriminator_objective
+from papers.dm_sr.networks import ControlNetDiscriminator, TimeAwareEncoder, TimestepEstimator
+from papers.dm_sr.sampling import MultistepNoise, denoise
+
+PROMPT = "High-quality, high-contrast, photo-realistic, clean, sharp, highly-detailed, perfect, 8k, ultra HD"
+"""The paper's fixed prompt (its footnote 1)."""
+
+
+class Conditions(NamedTuple):
+    """What belongs to whole images: the noise level they are moved to, and their text."""
+
+    t_hat: Tensor
+    """Timesteps as predicted (or given), (B,), float: the encoder sees them so, the denoiser rounded."""
+    prompt_embeds: Tensor
+    """(1,N,D) or (B,N,D)."""
+
+
+class DMSR(RestorationModule):
+    """Stage 2: train the time-aware encoder (and a discriminator) around a frozen denoiser.
+
+    Args:
+        pretrained: Base (VAE, U-Net, schedule, text encoder): hub id, diffusers folder, `tiny` or
+            `random:<architecture>`.
+        timestep: `predicted` by stage 1's estimator for each image, or one number for all (Table 3; 500 is index 499).
+        estimator: Stage 1's checkpoint, or its run, e.g. `runs/dm_sr/estimator`, whose newest checkpoint is taken.
+        prompt: The denoiser's text for every image; null takes each image's own, from the data's prompt files.
+        captioner: Image-to-text model (hub id or folder) that writes each low-quality image's text at test time in the
+            place of `prompt` (Table 7).
+        num_steps: Denoising steps at test time (Table 4).
+        multistep_noise: Noise that further steps put back: the `first` step's (the paper) or the `latest` (DDIM).
+        embedding: What the encoder's time embeddings see: the `scalar` t / 500 or a `sinusoidal` embedding of t.
+        lambda_l1: Weight of the L1 loss on latents.
+        lambda_per: Weight of the perceptual loss on latents.
+        lambda_adv: Weight of the adversarial loss; 0 for no discriminator.
+        lambda_dm: Weight of the distribution matching loss (equation 7).
+        lambda_eps: Weight of the noise loss (equation 8).
+        perceptual_weights: Of the latent LPIPS: InvSR's file, or `random`.
+        perceptual_width: Factor on its channels, for `random` only.
+        extra_losses: Image losses on the decoded output by name and weight, e.g. `{lpips: 0.5}`; each needs a decoding.
+        extra_weights: Of their VGG16: `pretrained`, `random` or a file.
+        dm_path: Where equation 7's gradient enters: at the `encoder`'s output, as printed, or at the image `latent`.
+        dm_timestep: Its timestep: `uniform` over 1 .. 499, or the image's `predicted` one.
+        noise_sign: Sign of equation 8: `corrected`, or as `printed`, which drives the noise away from its goal.
+        noise_path: Where its gradient enters: at the `encoder`'s output, as printed, or at the `noise`.
+        gan_loss: Equation 4: `bce` (both terms with a minus), InvSR's `hinge`, or as `printed`.
+        disc_start: Step from which the adversarial loss counts; the discriminator trains from the first on.
+        disc_timestep: Timestep the discriminator is told: the image's `predicted` one or `zero`.
+        disc_channels: Widths of the discriminator's levels.
+        disc_heads: Attention heads of its levels.
+        disc_groups: Groups of its group norms.
+        optimizer: The encoder's.
+        disc_optimizer: The discriminator's.
+        lr_scheduler: The encoder's, stepped once an update.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        scale: Super-resolution factor.
+        inference: How images are restored and scored.
+        seed: Of every random draw in training.
+        ema_decay: Decay of the average of the trained weights; null for none.
+        clip: Limit of each optimiser's gradient norm; null for none.
+        accumulate: Batches whose gradients make one update.
+    """
+
+    prompt_embeds: Tensor
+
+    trainable: ClassVar = {
+        "encoder": ("encoder.encoder.*", "encoder.time.*"),
+        "discriminator": ("discriminator.*",),
+    }
+
+    def __init__(
+        self,
+        pretrained: str = "stabilityai/sd-turbo",
+        timestep: int | Literal["predicted"] = "predicted",
+        estimator: str | None = None,
+        prompt: str | None = PROMPT,
+        captioner: str | None = None,
+        num_steps: int = 1,
+        multistep_noise: MultistepNoise = "first",
+        embedding: Literal["scalar", "sinusoidal"] = "scalar",
+        lambda_l1: float = 1.0,
+        lambda_per: float = 2.0,
+        lambda_adv: float = 0.1,
+        lambda_dm: float = 0.5,
+        lambda_eps: float = 1.0,
+        perceptual_weights: str = "random",
+        perceptual_width: float = 1.0,
+        extra_losses: dict[str, float] | None = None,
+        extra_weights: str = "pretrained",
+        dm_path: Literal["encoder", "latent"] = "encoder",
+        dm_timestep: Literal["uniform", "predicted"] = "uniform",
+        noise_sign: Literal["corrected", "printed"] = "corrected",
+        noise_path: Literal["encoder", "noise"] = "encoder",
+        gan_loss: GANLoss = "bce",
+        disc_start: int = 0,
+        disc_timestep: Literal["predicted", "zero"] = "predicted",
+        disc_channels: tuple[int, ...] = (64, 128, 256, 256),
+        disc_heads: tuple[int, ...] = (1, 2, 4, 4),
+        disc_groups: int = 32,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        disc_optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        scale: int = 4,
+        inference: Inference | None = None,
+        seed: int = 0,
+        ema_decay: float | None = 0.999,
+        clip: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate)
+        self.save_hyperparameters()
+        self.pretrained, self.timestep, self.estimator_path = pretrained, timestep, estimator
+        self.prompt, self.captioner_id, self.num_steps = prompt, captioner, num_steps
+        self.multistep_noise, self.embedding_kind = multistep_noise, embedding
+        self.lambda_l1, self.lambda_per, self.lambda_adv = lambda_l1, lambda_per, lambda_adv
+        self.lambda_dm, self.lambda_eps = lambda_dm, lambda_eps
+        self.perceptual_weights, self.perceptual_width = perceptual_weights, perceptual_width
+        self.extra_losses, self.extra_weights = extra_losses or {}, extra_weights
+        self.dm_path, self.dm_timestep = dm_path, dm_timestep
+        self.noise_sign, self.noise_path = noise_sign, noise_path
+        self.gan_loss, self.disc_start, self.disc_timestep = gan_loss, disc_start, disc_timestep
+        self.disc_channels, self.disc_heads, self.disc_groups = disc_channels, disc_heads, disc_groups
+        self.optimizer, self.disc_optimizer, self.lr_scheduler = optimizer, disc_optimizer, lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.encoder: TimeAwareEncoder | None = None
+        self._noise: list[Tensor] = []  # of test images, for the plot
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} is out of range; set 1 or more")
+        if timestep == "predicted" and estimator is None:
+            raise ValueError(
+                "timestep=predicted needs stage 1: set estimator to its checkpoint or run (isr fit -c "
+                "papers/dm_sr/configs/estimator.yaml makes one), or timestep to a number"
+            )
+
+    # Networks
+
+    def configure_model(self) -> None:
+        """Build the networks and load the frozen weights; Lightning may call this more than once."""
+        if self.encoder is not None:
+            return
+        schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
+        if isinstance(self.timestep, int) and not 0 <= self.timestep < schedule.num_timesteps:
+            raise ValueError(f"timestep={self.timestep} is out of range; set 0 .. {schedule.num_timesteps - 1}")
+        self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
+        unet = load_unet(self.pretrained)
+        self.denoiser = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
+        levels = len(unet.config.block_out_channels) - 1
+        self.size_multiple = max(1, self.codec.downscale * 2**levels // self.scale)
+        self.estimator = None if self.timestep != "predicted" else load_estimator(self.estimator_path)
+        if self.prompt is not None:
+            self.register_buffer("prompt_embeds", encode_prompts(self.pretrained, [self.prompt]), persistent=False)
+        self.captioner = Captioner(self.captioner_id) if self.captioner_id is not None else None
+        weights = "random" if is_architecture_only() else self.perceptual_weights
+        self.perceptual = LatentLPIPS(weights, self.codec.latent_channels, self.perceptual_width)
+        self.image_losses = {
+            name: (build_image_loss(name, "random" if is_architecture_only() else self.extra_weights), weight)
+            for name, weight in self.extra_losses.items()
+        }
+        self.loss_networks = nn.ModuleDict(
+            {name: loss for name, (loss, _) in self.image_losses.items() if isinstance(loss, nn.Module)}
+        )
+        self.discriminator: ControlNetDiscriminator | None = None
+        if self.lambda_adv:
+            self.discriminator = ControlNetDiscriminator(
+                self.codec.latent_channels,
+                self.disc_channels,
+                self.disc_heads,
+                unet.config.cross_attention_dim,
+                self.codec.downscale,
+                norm_num_groups=self.disc_groups,
+                gradient_checkpointing=self.gradient_checkpointing,
+                seed=self.seed,
+            )
+        self.encoder = TimeAwareEncoder(
+            load_vae(self.pretrained, trainable=True),
+            self.embedding_kind,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by the names of the paper's tables; quant_conv, which is frozen, apart from the encoder."""
+        assert self.encoder is not None
+        networks: dict[str, nn.Module | None] = {
+            "encoder": self.encoder.encoder,
+            "encoder's quant_conv": self.encoder.quant_conv,
+            "encoder's time embeddings": self.encoder.time,
+            "timestep estimator": self.estimator,
+            "U-Net": self.denoiser.unet,
+            "VAE": self.codec,
+            "discriminator": self.discriminator,
+            "latent LPIPS": self.perceptual,
+            "further losses": self.loss_networks,
+        }
+        return {name: network for name, network in networks.items() if network is not None}
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, and the text encoder that makes the prompt's embedding."""
+        with architecture_only():
+            total = count(load_text_encoder(self.pretrained)[1]).total
+        return [*super().parameter_rows(), Row(f"text encoder of {self.pretrained}", "text", total, 0)]
+
+    def parameter_sums(self) -> dict[str, int]:
+        """What Table 2 counts as trained: the encoder with its embeddings, 34.16 M."""
+        rows = {row.name: row.trainable for row in RestorationModule.parameter_rows(self)}
+        return {"Table 2 (encoder, time embeddings)": rows["encoder"] + rows["encoder's time embeddings"]}
+
+    def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
+        """Without an adversarial loss there is no discriminator."""
+        return {name: patterns for name, patterns in self.trainable.items() if name == "encoder" or self.lambda_adv}
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser each."""
+        optimizers = [self.optimizer(self.trainable_parameters("encoder"))]
+        if self.lambda_adv:
+            optimizers.append(self.disc_optimizer(self.trainable_parameters("discriminator")))
+        schedulers = [self.lr_scheduler(optimizers[0])] if self.lr_scheduler is not None else []
+        return optimizers, schedulers
+
+    # Inference, sections 3.1 to 3.3
+
+    @torch.no_grad()
+    def timesteps(self, i_lr: Tensor) -> Tensor:
+        """t_hat, (B,), float, of up-sampled low-quality images (B,3,H,W) in [0,1]; never with a gradient."""
+        if self.estimator is None:
+            return torch.full((len(i_lr),), float(self.timestep), device=i_lr.device)
+        return self.estimator(i_lr)
+
+    def text_condition(self, prompts: list[str]) -> Tensor:
+        """The denoiser's text, (1,N,D) where all images share it, else (B,N,D)."""
+        if self.prompt is not None:
+            return self.prompt_embeds
+        return encode_prompts(self.pretrained, prompts, self.device, keep=True)
+
+    def split(self, i_lr_pm1: Tensor, t_hat: Tensor, c: Tensor) -> Prediction:
+        """Encode up-sampled low-quality images (B,3,H,W) in [-1,1] and split them: eps_SR and Z_SR of equation 2."""
+        assert self.encoder is not None
+        return self.denoiser(self.encoder(i_lr_pm1, t_hat), t_hat.round().long(), c)
+
+    def prepare(self, x_lq: Tensor, prompts: list[str]) -> Conditions:
+        """Timestep and text belong to the whole image, not to the tile."""
+        t_hat = self.timesteps(bicubic_upsample(x_lq, self.scale))
+        if self.captioner is not None:
+            return Conditions(t_hat, encode_prompts(self.pretrained, self.captioner(x_lq), self.device, keep=True))
+        return Conditions(t_hat, self.text_condition(prompts))
+
+    def restore(self, x_lq: Tensor, conditions: Conditions) -> Tensor:
+        """Encode, split into noise and image (in one step or several), decode the image."""
+        assert self.encoder is not None
+        t_hat, c = conditions
+        x_sr = self.encoder(to_pm1(bicubic_upsample(x_lq, self.scale)), t_hat)
+        schedule = self.denoiser.schedule
+        eps_sr, z_sr = denoise(partial(self._predict, c=c), x_sr, t_hat, schedule, self.num_steps, self.multistep_noise)
+        if self.trainer_is_testing:
+            self._noise.append(eps_sr.flatten().cpu())
+        return to_01(self.codec.decode(z_sr).clamp(-1, 1))
+
+    def _predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Prediction:
+        return self.denoiser(z_t, t, c)
+
+    @property
+    def trainer_is_testing(self) -> bool:
+        """Whether Lightning's test loop is running."""
+        return self._trainer is not None and bool(self.trainer.testing)
+
+    def on_test_epoch_end(self) -> None:
+        """Draw Figure 4b: how the predicted noise is distributed over all test images of this process."""
+        super().on_test_epoch_end()
+        noise, self._noise = self._noise, []
+        folder = self._results() / "test"
+        if noise and self.trainer.is_global_zero:
+            figure = noise_distribution(torch.cat(noise).float().numpy())
+            caption = (
+                "Noise eps_SR that the denoiser splits off the encoder's output, over the test images: histogram with "
+                "the standard normal density, and Q-Q plot (the paper's Figure 4b)."
+            )
+            save_figure(folder / "figures" / "predicted_noise.png", figure, caption)
+            experiment: Any = getattr(self.trainer.logger, "experiment", None)
+            if hasattr(experiment, "add_image"):
+                experiment.add_image("test/predicted noise", figure_to_tensor(figure), self.trainer.global_step)
+
+    # Training, sections 3.4 and 3.5
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One update of the encoder by equation 9, then one of the discriminator by equation 4."""
+        assert self.encoder is not None
+        i_lr, i_hr = bicubic_upsample(batch["lq"], self.scale), batch["hq"]
+        draws, t_hat, c = self.draws(batch), self.timesteps(i_lr), self.text_condition(batch["prompt"])
+        t = t_hat.round().long()  # the denoiser takes integers
+        with torch.no_grad():
+            h = self.codec.encode(to_pm1(i_hr))  # X_HR^0
+        with self.turn("encoder") as update:
+            # X_SR = E(I_LR, t_hat); equation 2 splits it, with a graph through the frozen denoiser's input
+            x_sr = self.encoder(to_pm1(i_lr), t_hat)
+            eps_sr, z_sr = self.denoiser(x_sr, t, c)
+            # Equation 9: L_Z + L_eps
+            loss = self.image_part(x_sr, z_sr, h, i_lr, i_hr, t, c, draws) + self.noise_part(x_sr, eps_sr, h, t, c)
+            update(loss)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/t_hat", t_hat.mean())
+        if self.discriminator is not None:
+            self.discriminator_step(z_sr.detach(), h, i_lr, t, c)
+
+    def image_part(
+        self, x_sr: Tensor, z_sr: Tensor, h: Tensor, i_lr: Tensor, i_hr: Tensor, t: Tensor, c: Tensor, draws: Draws
+    ) -> Tensor:
+        """L_Z (equation 3): L1, latent LPIPS, adversarial and distribution matching, each mean over elements."""
+        terms = {"l1": self.lambda_l1 * l1(z_sr, h).mean(), "per": self.lambda_per * self.perceptual(z_sr, h).mean()}
+        if self.discriminator is not None and int(self.train_step) > self.disc_start:
+            # Equation 5: D is frozen, its gradient goes on to Z_SR
+            logits = self.discriminate(z_sr, i_lr, t, c)
+            terms["adv"] = self.lambda_adv * adversarial_loss(self.gan_loss, logits).mean()
+        if self.lambda_dm:
+            # Equations 6 and 7: a gradient without a loss, placed at X_SR (as printed) or at Z_SR
+            t_dm = draws.integers("dm/t", 1, 499) if self.dm_timestep == "uniform" else t
+            noise = draws.normal("dm/noise", z_sr.shape[1:])
+            predict = partial(self._predict_eps, c=c)
+            g = distribution_matching_gradient(predict, z_sr, h, noise, t_dm, self.denoiser.schedule)
+            place = x_sr if self.dm_path == "encoder" else z_sr
+            terms["dm"] = self.lambda_dm * score_surrogate(g, place).mean()
+            self.log("train/dm_gradient", g.abs().mean())
+        if self.image_losses:
+            x_hat = to_01(self.codec.decode(z_sr))
+            terms |= {name: weight * loss(x_hat, i_hr).mean() for name, (loss, weight) in self.image_losses.items()}
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
+        return torch.stack(list(terms.values())).sum()
+
+    def noise_part(self, x_sr: Tensor, eps_sr: Tensor, h: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """L_eps (equation 8): a gradient, placed at X_SR (as printed) or at eps_SR; zero where it is switched off."""
+        if not self.lambda_eps:
+            return x_sr.new_zeros(())
+        predict = partial(self._predict_eps, c=c)
+        g = noise_gradient(predict, h, eps_sr, t, self.denoiser.schedule, self.noise_sign)
+        self.log("train/eps_residual", g.abs().mean())
+        return self.lambda_eps * score_surrogate(g, x_sr if self.noise_path == "encoder" else eps_sr).mean()
+
+    def _predict_eps(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return self.denoiser(z_t, t, c).eps
+
+    def discriminator_step(self, z_sr: Tensor, h: Tensor, i_lr: Tensor, t: Tensor, c: Tensor) -> None:
+        """Equation 4: real latents up, restored ones down."""
+        with self.turn("discriminator") as update:
+            real, fake = self.discriminate(h, i_lr, t, c), self.discriminate(z_sr, i_lr, t, c)
+            loss = discriminator_objective(self.gan_loss, real, fake).mean()
+            update(loss)
+        means = {"train/d_real": real.detach().mean(), "train/d_fake": fake.detach().mean()}
+        self.log_dict({"train/discriminator": loss.detach(), **means})
+
+    def discriminate(self, z: Tensor, i_lr: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """Logits of D(z, I_LR), (B,1)."""
+        assert self.discriminator is not None
+        return self.discriminator(z, to_pm1(i_lr), t if self.disc_timestep == "predicted" else torch.zeros_like(t), c)
+
+
+def load_estimator(path: str | None) -> TimestepEstimator:
+    """Stage 1's estimator, frozen: averaged weights where the checkpoint has them.
+
+    Args:
+        path: Checkpoint of `TimestepEstimation`. Within `architecture_only()` it need not exist: the paper's
+            architecture is built then.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not stage 1's checkpoint.
+    """
+    from papers.dm_sr.estimation import read_estimator
+
+    if is_architecture_only() and not (path and Path(path).is_file()):
+        return TimestepEstimator("random").requires_grad_(False)
+    assert path is not None
+    return read_estimator(path).requires_grad_(False).eval()
