@@ -1,8 +1,7 @@
 """`isr foundation`: train the embedded tiny foundation again, by the recipes in `common/foundation/configs`.
 
-Stages, each a plain `isr fit`: the VAE in two parts, the U-Net with its text encoder in the VAE's latent space, and at
-last the decoder alone, which leaves that space as it is. A stage whose folder is there is skipped, so an interrupted
-run goes on.
+Stages, each a plain `isr fit`: the VAE in four parts, then the U-Net with its text encoder in the VAE's latent space. A
+stage whose folder is there is skipped, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 import common.foundation
 
 CONFIGS = Path(common.foundation.__file__).parent / "configs"
-STAGES = ("vae", "vae_tune", "unet", "vae_decoder")
+STAGES = ("vae", "vae_tune", "vae_decoder", "vae_long", "unet")
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -33,9 +32,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         if not folder.is_dir():
             _fit(stage, folder, previous, extra)
         previous = folder
-    for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
+    for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(output / "stages" / "unet" / part, output / part, dirs_exist_ok=True)
-    shutil.copytree(output / "stages" / "vae_decoder" / "vae", output / "vae", dirs_exist_ok=True)
     print(f"foundation written to {output}; to embed it, copy its five folders to common/foundation/weights")
     return 0
 

@@ -153,7 +153,7 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
     Args:
         net: Holder of the layout as its attribute `features`, and of no other parameter yet.
         arch: The network.
-        weights: `pretrained`, `random` or a path, as for `VGGTrunk`.
+        weights: `pretrained`, `random` or a path, as for `VGGTrunk`; `empty` leaves them to a checkpoint.
         width: The factor that the layout was made with.
         seed: Seed of the `random` weights.
 
@@ -161,8 +161,11 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
         ValueError: `width` does not fit, or a file does not hold this network.
         FileNotFoundError: The weights cannot be had.
     """
-    if width <= 0 or (width != 1.0 and weights != "random"):
+    if width <= 0 or (width != 1.0 and weights not in ("random", "empty")):
         raise ValueError(f"width={width} does not fit weights={weights!r}; use width=1.0, or weights='random'.")
+    if weights == "empty":
+        net.to_empty(device="cpu")
+        return
     if weights == "random":
         logger.warning("%s trunk has random weights (width %g): a stand-in for tests and demos.", arch, width)
         state = random_state(net, seed)

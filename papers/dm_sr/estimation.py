@@ -145,7 +145,7 @@ class TimestepEstimation(TrainingModule):
         i_lr, c = to_pm1(bicubic_upsample(batch["lq"], self.scale)), self.restorer.text_condition(batch["prompt"])
         h = self.restorer.codec.encode(to_pm1(batch["hq"]))
         candidates = torch.stack([(t_hat.round() + step).clamp(0, LAST) for step in (-1, 0, 1)])  # (3, B)
-        errors = torch.stack([l1(self.restorer.split(i_lr, t, c).x0, h) for t in candidates])
+        errors = torch.stack([(self.restorer.split(i_lr, t, c).x0 - h).abs().mean((1, 2, 3)) for t in candidates])
         return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
 
     def on_fit_start(self) -> None:
@@ -295,7 +295,7 @@ def read_estimator(path: str) -> TimestepEstimator:
     """
     checkpoint = _stage(path, "estimator", "TimestepEstimation")
     given = checkpoint["hyper_parameters"]
-    estimator = TimestepEstimator("random", given.get("width", 1.0), LAST + 1)
+    estimator = TimestepEstimator("empty", given.get("width", 1.0), LAST + 1)
     state = {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
     state = {name.removeprefix("estimator."): v for name, v in state.items() if name.startswith("estimator.")}
     expected = {name for name, _ in estimator.named_parameters()}

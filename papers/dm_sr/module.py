@@ -25,7 +25,6 @@ from common.losses import (
     LatentLPIPS,
     build_image_loss,
     distribution_matching_gradient,
-    l1,
     noise_gradient,
     score_surrogate,
 )
@@ -346,7 +345,10 @@ class DMSR(RestorationModule):
         self, x_sr: Tensor, z_sr: Tensor, h: Tensor, i_lr: Tensor, i_hr: Tensor, t: Tensor, c: Tensor, draws: Draws
     ) -> Tensor:
         """L_Z (equation 3): L1, latent LPIPS, adversarial and distribution matching, each mean over elements."""
-        terms = {"l1": self.lambda_l1 * l1(z_sr, h).mean(), "per": self.lambda_per * self.perceptual(z_sr, h).mean()}
+        terms = {
+            "l1": self.lambda_l1 * (z_sr - h).abs().mean(),
+            "per": self.lambda_per * self.perceptual(z_sr, h).mean(),
+        }
         if self.discriminator is not None and int(self.train_step) > self.disc_start:
             # Equation 5: D is frozen, its gradient goes on to Z_SR
             logits = self.discriminate(z_sr, i_lr, t, c)

@@ -31,7 +31,7 @@ class TimestepEstimator(nn.Module):
     Args:
         weights: Of the blocks: `pretrained` (torchvision's IMAGENET1K_V1, downloaded once), `random` (He
             initialisation, for tests and demos) or the path of a .pth or .safetensors state dict in torchvision's
-            layout. The linear layer is always random.
+            layout; `empty` for weights that a checkpoint will fill. The linear layer is always random.
         width: Factor on VGG's number of channels, above 0; other than 1 only with `random` weights.
         bins: K, the number of timesteps that eq. 10 weighs.
         seed: Of what is random; the global generator is not used.

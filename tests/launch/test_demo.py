@@ -36,7 +36,7 @@ def papers(tmp_path):
     for place in ("b_sr/configs/demo/02_late", "b_sr/configs/demo/01_soon", "a_sr/configs/demo/10_only"):
         path = tmp_path / "papers" / f"{place}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump({"data": DATA}))
+        path.write_text(yaml.safe_dump({"model": {"class_path": "papers.dfosd.DFOSD"}, "data": DATA}))
     paper_scale = tmp_path / "papers" / "b_sr" / "configs" / "sd21.yaml"
     paper_scale.write_text("{}")
     return tmp_path / "papers"
@@ -202,9 +202,13 @@ def test_a_quick_look_says_so(lightning, tmp_path):
 
 def test_a_row_with_other_test_images_fails_before_it_trains(lightning, tmp_path, papers, capsys):
     other = {"class_path": "data.Photos", "init_args": {"test_seeds": 1, "degradation": "bicubic"}}
-    (papers / "b_sr" / "configs" / "demo" / "01_soon.yaml").write_text(yaml.safe_dump({"data": other}))
+    (papers / "b_sr" / "configs" / "demo" / "01_soon.yaml").write_text(
+        yaml.safe_dump({"model": {"class_path": "papers.dfosd.DFOSD"}, "data": other})
+    )
     foreign = {"class_path": "data.SRData", "init_args": {"test": "somewhere"}}
-    (papers / "b_sr" / "configs" / "demo" / "02_late.yaml").write_text(yaml.safe_dump({"data": foreign}))
+    (papers / "b_sr" / "configs" / "demo" / "02_late.yaml").write_text(
+        yaml.safe_dump({"model": {"class_path": "papers.dfosd.DFOSD"}, "data": foreign})
+    )
     assert demo.run("demo", ["--runs", str(tmp_path / "runs")]) == 1
     assert all("10_only" in args[1] for _, args in lightning.calls)
     said = capsys.readouterr().out
@@ -217,6 +221,21 @@ def test_pictures_that_a_row_lacks_are_named(lightning, tmp_path):
     runs = tmp_path / "runs"
     assert demo.run("demo", ["--runs", str(runs), "--only", "soon"]) == 0
     assert "- b_sr/soon has no picture of 5 images (chelsea_" in (runs / "demo" / "report" / "report.md").read_text()
+
+
+def test_a_training_stage_gives_figures_and_no_row_of_scores(lightning, tmp_path, papers):
+    stage = papers / "b_sr" / "configs" / "demo" / "01_soon.yaml"
+    stage.write_text(yaml.safe_dump({"model": {"class_path": "papers.dm_sr.TimestepEstimation"}, "data": DATA}))
+    lightning.figures = {"demo-soon": ["timesteps"]}
+
+    runs = tmp_path / "runs"
+    assert demo.run("demo", ["--runs", str(runs)]) == 0
+    assert [command for command, _ in lightning.calls] == ["fit", "test"] * 3
+    assert [method for method in _summary(runs) if "/" in method and "raw" not in method] == ["a_sr/only", "b_sr/late"]
+    text = (runs / "demo" / "report" / "report.md").read_text()
+    assert "### b_sr/soon: timesteps" in text
+    assert "b_sr/soon: " in text.partition("## Where the rows come from")[2]
+    assert "b_sr/soon" not in text.partition("## Pictures")[2].partition("## Files")[0]
 
 
 def test_figures_of_the_rows_that_succeeded_are_in_the_report_in_order(lightning, tmp_path, monkeypatch):

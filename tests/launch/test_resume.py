@@ -21,17 +21,17 @@ DEMO = sorted((ROOT / "papers").glob("*/configs/demo/*.yaml"))[0]
 STEPS, EVERY = 9, 2
 KILLED = """
 import os, signal, sys
-from common.restoration import RestorationModule
+from common.training import TrainingModule
 from launch.cli import main
 
-before = RestorationModule.on_before_optimizer_step
+before = TrainingModule.on_before_optimizer_step
 
 def killed(self, optimizer):
     if int(self.train_step) == int(sys.argv[1]) and optimizer is self.optimizers(False)[-1]:
         os.kill(os.getpid(), signal.SIGKILL)  # after one optimiser of two has stepped
     before(self, optimizer)
 
-RestorationModule.on_before_optimizer_step = killed
+TrainingModule.on_before_optimizer_step = killed
 sys.exit(main(sys.argv[2:]))
 """
 

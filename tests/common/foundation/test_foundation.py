@@ -110,7 +110,7 @@ def test_the_recipe_runs_from_nothing_to_a_foundation_and_skips_what_is_there(tm
     assert run("foundation", ["--output", "out", "--steps", "1"]) == 0
     stages = tmp_path / "out" / "stages"
     before = {file: file.stat().st_mtime_ns for file in stages.rglob("*.safetensors")}
-    assert len(before) == 6  # four VAEs, a U-Net, a text encoder
+    assert len(before) == 7  # five VAEs, a U-Net, a text encoder
     assert run("foundation", ["--output", "out", "--steps", "1"]) == 0
     assert before == {file: file.stat().st_mtime_ns for file in stages.rglob("*.safetensors")}
     assert load_unet(str(tmp_path / "out")).config.in_channels == load_vae(str(tmp_path / "out")).config.latent_channels
