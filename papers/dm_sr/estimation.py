@@ -217,15 +217,16 @@ class TimestepEstimation(TrainingModule):
     def _report(self, stage: str) -> None:
         """Log RMSE, R^2 and the target's spread for each data set, and draw the paper's Figure 7."""
         rows, folder = self._gathered_rows(), self._results() / stage
-        for dataset in dict.fromkeys(row[0] for row in rows):
-            t, t_hat = (torch.tensor([row[i] for row in rows if row[0] == dataset]).numpy() for i in (2, 3))
+        known = [row for row in rows if row[2] == row[2]]  # real photos have no target
+        for dataset in dict.fromkeys(row[0] for row in known):
+            t, t_hat = (torch.tensor([row[i] for row in known if row[0] == dataset]).numpy() for i in (2, 3))
             fit = agreement(t, t_hat)
             values = {"rmse": fit.rmse, "target_std": fit.std, **({} if fit.r2 is None else {"r2": fit.r2})}
             for name, value in values.items():
                 self.log(f"{stage}/{dataset}/{name}", float(value), rank_zero_only=True, prog_bar=name == "rmse")
             if not self.trainer.is_global_zero or self.trainer.sanity_checking:
                 continue
-            figure = predicted_against_target(t, t_hat, LAST, f"timestep, target {self.target}, {dataset}")
+            figure = predicted_against_target(t, t_hat, LAST, "timestep")
             experiment: Any = getattr(self.trainer.logger, "experiment", None)
             if hasattr(experiment, "add_image"):
                 experiment.add_image(f"{stage}/{dataset}: timestep", figure_to_tensor(figure), self.trainer.global_step)
@@ -279,7 +280,10 @@ def _stage(path: str, argument: str, name: str) -> dict[str, Any]:
             f"{argument}={path}: no such checkpoint; train that stage first and give its checkpoint or its run, "
             "runs/dm_sr/<name>"
         )
-    checkpoint = read_checkpoint(path)
+    try:
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("ckpt_path=", f"{argument}=", 1)) from error
     found = str(checkpoint.get("hyper_parameters", {}).get("_class_path", "nothing known"))
     if found.rpartition(".")[2] != name:
         raise ValueError(f"{argument}={path} is a checkpoint of {found}; give one of papers.dm_sr.{name}")

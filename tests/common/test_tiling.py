@@ -1,5 +1,6 @@
 """Tiles cover everything, the last one ends at the border, and where tiles agree the seam is exact."""
 
+import math
 import random
 from itertools import pairwise
 
@@ -72,7 +73,7 @@ class TestFeatherWindow:
 
 
 class TestTiled:
-    @pytest.mark.parametrize("blend", ["average", "feather"])
+    @pytest.mark.parametrize("blend", ["average", "feather", "gaussian"])
     def test_an_identity_model_stitches_to_the_input_exactly(self, blend):
         rng = random.Random(1)
         for trial in range(40):
@@ -81,7 +82,7 @@ class TestTiled:
             x = picture(rng.randint(1, 40), rng.randint(1, 40), seed=trial)
             assert torch.equal(tiled(nearest(scale), x, tile, overlap, scale, blend), nearest(scale)(x))
 
-    @pytest.mark.parametrize("blend", ["average", "feather"])
+    @pytest.mark.parametrize("blend", ["average", "feather", "gaussian"])
     @pytest.mark.parametrize(("height", "width"), [(16, 16), (9, 16), (3, 5)])
     def test_one_tile_is_the_untiled_call_itself(self, blend, height, width):
         calls = []
@@ -109,13 +110,15 @@ class TestTiled:
         assert edges == {8, 11}  # first row of the tile at 8, last row of the tile at 0
 
     @pytest.mark.parametrize("overlap", [1, 4, 7])
-    @pytest.mark.parametrize("blend", ["average", "feather"])
+    @pytest.mark.parametrize("blend", ["average", "feather", "gaussian"])
     def test_overlaps_are_the_weighted_mean_of_the_tiles(self, overlap, blend):
         scale, tile, x = 2, 8, picture(19, 27)
         counter = iter(range(1, 1000))
         joined = tiled(lambda t: nearest(scale)(t) + next(counter), x, tile, overlap, scale, blend)
         total, weight = torch.zeros(2, 3, 38, 54, dtype=torch.float64), torch.zeros(38, 54, dtype=torch.float64)
         side = [min(i + 1, 16 - i, scale * overlap + 1) if blend == "feather" else 1 for i in range(16)]
+        if blend == "gaussian":  # InvSR's: exp(-(i - middle)^2 / (2 x 0.01 x side^2))
+            side = [math.exp(-((i - 7.5) ** 2) / (2 * 0.01 * 16**2)) for i in range(16)]
         window = torch.tensor([[a * b for b in side] for a in side], dtype=torch.float64)
         number = 0
         for top in plan_tiles(19, tile, overlap):
@@ -126,7 +129,7 @@ class TestTiled:
                 weight[area] += window
         assert_close(joined.double(), total / weight, atol=1e-5, rtol=1e-6)
 
-    @pytest.mark.parametrize("blend", ["average", "feather"])
+    @pytest.mark.parametrize("blend", ["average", "feather", "gaussian"])
     def test_the_tiles_shares_are_positive_and_sum_to_one(self, blend):
         x = picture(11, 17)
         tiles = len(plan_tiles(11, 6, 2)) * len(plan_tiles(17, 6, 2))
@@ -176,7 +179,7 @@ class TestTiled:
             tiled(nearest(1), x, 4, 4, 1)
         with pytest.raises(ValueError, match="scale is 0"):
             tiled(nearest(1), x, 4, 1, 0)
-        with pytest.raises(ValueError, match="blend is 'gauss'; use average or feather"):
+        with pytest.raises(ValueError, match="blend is 'gauss'; use average, feather or gaussian"):
             tiled(nearest(1), x, 4, 1, 1, "gauss")
         with pytest.raises(ValueError, match=r"x_lq is of shape \(3, 9, 9\)"):
             tiled(nearest(1), x[0], 4, 1, 1)

@@ -109,6 +109,20 @@ class TestRunFolder:
         assert not list(folder.glob("checkpoints/last-v*"))
         assert len(list(folder.parent.iterdir())) == 1
 
+    def test_a_setting_that_names_a_run_becomes_its_newest_checkpoint(self, isr: Any, tmp_path: Path) -> None:
+        runs = tmp_path / "elsewhere"
+        for number in (2, 10):
+            folder = runs / "dm_sr" / "one" / f"version_{number}" / "checkpoints"
+            folder.mkdir(parents=True)
+            (folder / "last.ckpt").touch()
+        (runs / "dm_sr" / "one" / "version_11").mkdir()
+        common = ["fit", "-c", ROOT / "papers/dm_sr/configs/demo/02_dm_sr.yaml", "--runs", runs, *SMALL[:2]]
+        made = isr(*common, "--model.estimator=runs/dm_sr/one", made=NotRun)
+        newest = str(runs / "dm_sr" / "one" / "version_10" / "checkpoints" / "last.ckpt")
+        assert made.model.estimator_path == made.config.fit.model.init_args.estimator == newest
+        for untouched in ("runs/dm_sr/none", "my.ckpt"):
+            assert isr(*common, f"--model.estimator={untouched}", made=NotRun).model.estimator_path == untouched
+
     def test_a_tests_folder_is_the_checkpoints(self, isr: Any, trained: Path) -> None:
         cli = isr("test", "-c", DEMO, "--ckpt_path", trained, made=NotRun)
         assert Path(cli.trainer.log_dir) == trained.parents[1]

@@ -320,7 +320,10 @@ class TestCard:
     def test_published_rows_have_a_number_for_each_column(self, paper: Path) -> None:
         results = yaml.safe_load((paper / "results.yaml").read_text())
         assert results["paper"]
-        assert re.fullmatch(r"\d{4}\.\d{5}", results["arxiv"])
+        if results["arxiv"] is None:
+            assert results["source"]  # what it is instead: a submission under review, say
+        else:
+            assert re.fullmatch(r"\d{4}\.\d{5}", results["arxiv"])
         for published in results["tables"]:
             columns = published["columns"]
             assert len(set(columns)) == len(columns)
