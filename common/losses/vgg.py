@@ -164,7 +164,7 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
     if width <= 0 or (width != 1.0 and weights not in ("random", "empty")):
         raise ValueError(f"width={width} does not fit weights={weights!r}; use width=1.0, or weights='random'.")
     if weights == "empty":
-        net.to_empty(device="cpu")
+        net.get_submodule("features").to_empty(device="cpu")
         return
     if weights == "random":
         logger.warning("%s trunk has random weights (width %g): a stand-in for tests and demos.", arch, width)

@@ -316,7 +316,8 @@ def read_restorer(path: str) -> Any:
     checkpoint = _stage(path, "restorer", "DMSR")
     names = ("pretrained", "prompt", "embedding", "scale", "seed")
     given = {name: checkpoint["hyper_parameters"][name] for name in names}
-    restorer = DMSR(**given, timestep=0, lambda_adv=0.0, ema_decay=None)  # estimator and discriminator are not asked
+    # neither estimator nor discriminator nor losses are asked
+    restorer = DMSR(**given, timestep=0, lambda_per=0.0, lambda_adv=0.0, ema_decay=None)
     restorer.configure_model()
     keys = restorer.checkpoint_keys()
     state = {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}

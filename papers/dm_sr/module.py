@@ -71,7 +71,7 @@ class DMSR(RestorationModule):
         multistep_noise: Noise that further steps put back: the `first` step's (the paper) or the `latest` (DDIM).
         embedding: What the encoder's time embeddings see: the `scalar` t / 500 or a `sinusoidal` embedding of t.
         lambda_l1: Weight of the L1 loss on latents.
-        lambda_per: Weight of the perceptual loss on latents.
+        lambda_per: Weight of the perceptual loss on latents; 0 for none.
         lambda_adv: Weight of the adversarial loss; 0 for no discriminator.
         lambda_dm: Weight of the distribution matching loss (equation 7).
         lambda_eps: Weight of the noise loss (equation 8).
@@ -192,7 +192,9 @@ class DMSR(RestorationModule):
             self.register_buffer("prompt_embeds", encode_prompts(self.pretrained, [self.prompt]), persistent=False)
         self.captioner = Captioner(self.captioner_id) if self.captioner_id is not None else None
         weights = "random" if is_architecture_only() else self.perceptual_weights
-        self.perceptual = LatentLPIPS(weights, self.codec.latent_channels, self.perceptual_width)
+        self.perceptual: LatentLPIPS | None = None
+        if self.lambda_per:
+            self.perceptual = LatentLPIPS(weights, self.codec.latent_channels, self.perceptual_width)
         self.image_losses = {
             name: (build_image_loss(name, "random" if is_architecture_only() else self.extra_weights), weight)
             for name, weight in self.extra_losses.items()
@@ -282,7 +284,8 @@ class DMSR(RestorationModule):
         """Timestep and text belong to the whole image, not to the tile."""
         t_hat = self.timesteps(bicubic_upsample(x_lq, self.scale))
         if self.captioner is not None:
-            return Conditions(t_hat, encode_prompts(self.pretrained, self.captioner(x_lq), self.device, keep=True))
+            texts = self.captioner.to(self.device)(x_lq)
+            return Conditions(t_hat, encode_prompts(self.pretrained, texts, self.device, keep=True))
         return Conditions(t_hat, self.text_condition(prompts))
 
     def restore(self, x_lq: Tensor, conditions: Conditions) -> Tensor:
@@ -346,10 +349,9 @@ class DMSR(RestorationModule):
         self, x_sr: Tensor, z_sr: Tensor, h: Tensor, i_lr: Tensor, i_hr: Tensor, t: Tensor, c: Tensor, draws: Draws
     ) -> Tensor:
         """L_Z (equation 3): L1, latent LPIPS, adversarial and distribution matching, each mean over elements."""
-        terms = {
-            "l1": self.lambda_l1 * (z_sr - h).abs().mean(),
-            "per": self.lambda_per * self.perceptual(z_sr, h).mean(),
-        }
+        terms = {"l1": self.lambda_l1 * (z_sr - h).abs().mean()}
+        if self.perceptual is not None:
+            terms["per"] = self.lambda_per * self.perceptual(z_sr, h).mean()
         if self.discriminator is not None and int(self.train_step) > self.disc_start:
             # Equation 5: D is frozen, its gradient goes on to Z_SR
             logits = self.discriminate(z_sr, i_lr, t, c)

@@ -192,7 +192,7 @@ class TestPasses:
     def test_bands_cover_all_rows_once_and_are_of_bounded_size(self, size: tuple[int, int]) -> None:
         bands = plan_bands(*size)
         assert [row for band in bands for row in range(*band)] == list(range(size[0]))
-        assert all((last - first) * size[1] <= max(2**19, 64 * size[1]) for first, last in bands)
+        assert all((last - first) * size[1] <= max(2**18, 64 * size[1]) for first, last in bands)
 
 
 class TestContinuing:
@@ -337,7 +337,10 @@ MEMORY = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
+from common import large
 from common.large import upscale_large
+
+large.BAND_PIXELS, large._MIN_ROWS = 2**16, 16  # or bands would be wider at one size, and hide what grows
 
 def restore(tile):
     return tile.repeat_interleave(4, -1).repeat_interleave(4, -2)
@@ -348,7 +351,7 @@ def peak():
 
 peaks = []
 for color_fix in ("adain", "wavelet"):
-    for side in (256, 768):
+    for side in (256, 704):
         read, write = os.pipe()
         if os.fork() == 0:
             x = torch.rand(1, 3, 8, 8).repeat(1, 1, side // 8, side // 8)
@@ -373,11 +376,11 @@ def run_script(script: str, folder: Path) -> Any:
 class TestMemory:
     @pytest.mark.slow
     @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
-    def test_nine_times_the_pixels_take_the_same_memory(self, tmp_path: Path) -> None:
+    def test_seven_times_the_pixels_take_the_same_memory(self, tmp_path: Path) -> None:
         peaks = run_script(MEMORY, tmp_path)
         for small, big in (peaks[:2], peaks[2:]):
             assert big < 1.1 * small
-            assert big - small < 40, "MB; the low-quality image is 7, the output 113 as float32"
+            assert big - small < 40, "MB; the low-quality image is 6, the output 95 as float32"
 
 
 def blocks(image: np.ndarray, heights: tuple[int, ...]) -> Iterator[np.ndarray]:

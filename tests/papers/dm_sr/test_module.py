@@ -403,7 +403,11 @@ class TestSteps:
 
 class FakeCaptioner:
     def __init__(self, model: str) -> None:
-        self.model, self.seen = model, list[Tensor]()
+        self.model, self.seen, self.device = model, list[Tensor](), ""
+
+    def to(self, device: torch.device) -> "FakeCaptioner":
+        self.device = str(device)
+        return self
 
     def __call__(self, x_01: Tensor) -> list[str]:
         self.seen.append(x_01)
@@ -441,6 +445,7 @@ class TestPrompts:
         assert isinstance(captioner, FakeCaptioner)
         trainer_with(tape).test(model, loader(batches), verbose=False)
         assert captioner.model == "someone/llava"
+        assert captioner.device == "cpu"
         assert len(captioner.seen) == len(batches)
         for seen, each in zip(captioner.seen, batches, strict=True):
             torch.testing.assert_close(seen, lq_01(each))

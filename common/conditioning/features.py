@@ -1,0 +1,95 @@
+"""Image features as conditions: the tokens of a frozen DINOv2 (arXiv:2304.07193) in the place of a prompt's."""
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
+from common.pretrained import load_vision_model
+
+Tokens = Literal["all", "patch", "cls"]
+_SLICES = {"all": slice(None), "patch": slice(1, None), "cls": slice(1)}  # DINOv2's sequence is CLS, then the patches
+
+
+class DinoFeatures(nn.Module):
+    """Last hidden state of a frozen DINOv2, after its final LayerNorm; F2IDiff's condition (arXiv:2512.24473).
+
+    The image is resized bicubically with antialiasing, without a clamp of the overshoot, to whole patches, and
+    ImageNet's mean and standard deviation are taken out. DINOv2 itself interpolates its position embeddings. Always in
+    eval mode and without a graph, and computed in fp32 whatever autocast says outside.
+
+    Args:
+        pretrained: Hub id such as `facebook/dinov2-large`, folder as transformers saves it, `random:dinov2_large`, or
+            `tiny`: two layers of width 32 with random weights, for demos.
+        tokens: `all` for CLS and patches, `patch` or `cls` for these alone.
+        size: Pixels of the shorter side at DINOv2's input, a multiple of its patch size (14), the other side in
+            proportion; None for the image's own size. Either way a side becomes 14 * round(side / 14).
+        seed: Of random weights; the global random state is neither read nor moved.
+
+    Raises:
+        ValueError: An argument is unknown or does not fit, or the model is no DINOv2.
+        WeightsNotFoundError: The weights are not there and cannot be fetched.
+    """
+
+    def __init__(self, pretrained: str, tokens: Tokens = "all", size: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        if tokens not in _SLICES:
+            raise ValueError(f"tokens={tokens!r} is unknown; use one of {', '.join(_SLICES)}.")
+        self.model = load_vision_model(pretrained, seed)
+        config = self.model.config
+        if config.model_type != "dinov2":
+            raise ValueError(f"pretrained='{pretrained}' is a '{config.model_type}' model; a 'dinov2' is wanted.")
+        self.patch: int = config.patch_size
+        if size is not None and (size < self.patch or size % self.patch):
+            raise ValueError(f"size={size} must be a positive multiple of {self.patch}, DINOv2's patch size, or null.")
+        self.tokens = tokens
+        self.size = size
+        self.width: int = config.hidden_size
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode whatever the module around it does."""
+        return super().train(False)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """The number of tokens N for an image of height x width pixels: 1370 for 512 x 512, 325 for 256 x 256."""
+        rows, columns = (side // self.patch for side in self._input_size(height, width))
+        return len(range(rows * columns + 1)[_SLICES[self.tokens]])
+
+    @torch.no_grad()
+    def forward(self, x_01: Tensor) -> Tensor:
+        """Compute the tokens of images.
+
+        Args:
+            x_01: Images, (B, 3, H, W), RGB in [0, 1]; values outside are taken as they are.
+
+        Returns:
+            Features, (B, N, D), float32, without a graph; N as `num_tokens` says, CLS first.
+
+        Raises:
+            ValueError: The module was cast to 16 bits, or `x_01` has another shape.
+        """
+        dtype = self.model.dtype
+        if dtype.itemsize < 4:
+            raise ValueError(f"DINOv2 was cast to {dtype}; train with precision 'bf16-mixed' or '32'.")
+        if x_01.ndim != 4 or x_01.shape[1] != 3:
+            raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; (B, 3, H, W) is wanted.")
+        x = x_01.to(dtype)
+        mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.interpolate(x, self._input_size(*x.shape[-2:]), mode="bicubic", antialias=True)
+            hidden = self.model((x - mean) / std).last_hidden_state
+        return hidden[:, _SLICES[self.tokens]]
+
+    @staticmethod
+    def null_features(like: Tensor) -> Tensor:
+        """The condition "no image" of classifier-free guidance: zeros, of the shape (B, N, D) of `like`."""
+        return torch.zeros_like(like)
+
+    def _input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels (H', W') at DINOv2's input: whole patches, one at least."""
+        factor = 1.0 if self.size is None else self.size / min(height, width)
+        rows, columns = (max(1, round(factor * side / self.patch)) for side in (height, width))
+        return rows * self.patch, columns * self.patch
