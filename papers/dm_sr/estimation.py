@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from common.checkpoints import check_keys, check_shapes, read_checkpoint
+from common.checkpoints import check_keys, check_shapes, newest_checkpoint, read_checkpoint
 from common.figures import agreement, figure_to_tensor, predicted_against_target, save_figure
 from common.images import bicubic_upsample, to_pm1
 from common.losses import build_image_loss, l1
@@ -274,7 +274,8 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str, float, float]]) -> Non
 
 
 def _stage(path: str, argument: str, name: str) -> dict[str, Any]:
-    """Checkpoint of a stage of this paper."""
+    """Checkpoint of a stage of this paper; of a run's folder the newest."""
+    path = str(newest_checkpoint(Path(path)) or path)
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{argument}={path}: no such checkpoint; train that stage first and give its checkpoint or its run, "
@@ -300,6 +301,8 @@ def read_estimator(path: str) -> TimestepEstimator:
     checkpoint = _stage(path, "estimator", "TimestepEstimation")
     given = checkpoint["hyper_parameters"]
     estimator = TimestepEstimator("empty", given.get("width", 1.0), LAST + 1)
+    if is_architecture_only():
+        return estimator
     state = {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
     state = {name.removeprefix("estimator."): v for name, v in state.items() if name.startswith("estimator.")}
     expected = {name for name, _ in estimator.named_parameters()}

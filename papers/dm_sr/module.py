@@ -39,6 +39,7 @@ from common.pretrained import (
 )
 from common.restoration import Inference, RestorationModule
 from common.training import Batch
+from papers.dm_sr.estimation import read_estimator
 from papers.dm_sr.losses import GANLoss, adversarial_loss, discriminator_objective
 from papers.dm_sr.networks import ControlNetDiscriminator, TimeAwareEncoder, TimestepEstimator
 from papers.dm_sr.sampling import MultistepNoise, denoise
@@ -402,16 +403,14 @@ def load_estimator(path: str | None) -> TimestepEstimator:
     """Stage 1's estimator, frozen: averaged weights where the checkpoint has them.
 
     Args:
-        path: Checkpoint of `TimestepEstimation`. Within `architecture_only()` it need not exist: the paper's
-            architecture is built then.
+        path: Checkpoint of `TimestepEstimation`, or its run. Within `architecture_only()` it need not exist: the
+            paper's architecture is built then.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is not stage 1's checkpoint.
     """
-    from papers.dm_sr.estimation import read_estimator
-
-    if is_architecture_only() and not (path and Path(path).is_file()):
+    if is_architecture_only() and not (path and Path(path).exists()):
         return TimestepEstimator("random").requires_grad_(False)
     assert path is not None
     return read_estimator(path).requires_grad_(False).eval()
