@@ -232,7 +232,7 @@ class TestMinimum:
 
     @pytest.fixture(autouse=True)
     def _no_losses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delattr(module, "LatentLPIPS")  # no loss is asked
+        monkeypatch.setattr(module, "LatentLPIPS", lambda *_: torch.nn.Identity())  # takes a second, and is not asked
 
     @pytest.mark.parametrize("averaged", [False, True])
     def test_it_is_the_nearest_of_three_timesteps(
