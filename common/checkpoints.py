@@ -104,6 +104,40 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(found, key=lambda path: int(path.parents[1].name.removeprefix("version_")), default=None)
 
 
+def read_stage(path: str | Path, argument: str, class_path: str) -> dict[str, Any]:
+    """Read an earlier stage's checkpoint.
+
+    Args:
+        path: The checkpoint, or the run's folder, of which the newest is taken.
+        argument: Name of the user's argument, for messages.
+        class_path: Of the stage, `papers.<paper>.<Class>`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint, or another class's.
+    """
+    paper, name = class_path.split(".")[1], class_path.rpartition(".")[2]
+    path = newest_checkpoint(Path(path)) or Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{argument}={path}: no such checkpoint; train that stage first and give its checkpoint or its run, "
+            f"runs/{paper}/<name>"
+        )
+    try:
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("ckpt_path=", f"{argument}=", 1)) from error
+    found = str(checkpoint.get("hyper_parameters", {}).get("_class_path", "nothing known"))
+    if found.rpartition(".")[2] != name:
+        raise ValueError(f"{argument}={path} is a checkpoint of {found}; give one of {class_path}")
+    return checkpoint
+
+
+def trained_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's `state_dict`, with the averages (EMA) in the place of the parameters that have one."""
+    return {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
+
+
 def load_trained_weights(module: nn.Module, path: str | Path, expected: set[str]) -> None:
     """Fill a method's trained weights from a checkpoint, and nothing else of it (no step, no optimiser).
 
@@ -120,6 +154,5 @@ def load_trained_weights(module: nn.Module, path: str | Path, expected: set[str]
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
     check_keys(expected, set(state), f"init_from={path}")
     check_shapes(module, state, f"init_from={path}")
-    weights = {name: value for name, value in state.items() if "." in name}
-    averages = checkpoint.get("ema", {}).get("average", {})
-    module.load_state_dict({**weights, **averages}, strict=False)
+    weights = {name: value for name, value in trained_state(checkpoint).items() if "." in name}
+    module.load_state_dict(weights, strict=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
+
+from common.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,13 +166,8 @@ def save_figure(path: Path, figure: Figure, caption: str) -> None:
     """
     if not caption.strip():
         raise ValueError(f"caption of {path} is empty; say in a sentence what the figure shows")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(_png(figure, _DPI, caption))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_caption(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+from common.files import replacing
 
 
 def to_pm1(x_01: Tensor) -> Tensor:
@@ -48,15 +49,5 @@ def write_png(path: str | Path, array: NDArray[np.uint8]) -> None:
     """
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"array: got {array.dtype} {array.shape} for {path}; write_png takes uint8 (H, W, 3)")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(
-            f"cannot write {path} ({error.strerror or error}); what was written before it is complete"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

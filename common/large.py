@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.color import VARIANCE_EPS, wavelet
+from common.files import replacing
 from common.images import bicubic_upsample
 from common.metrics import to_uint8
-from common.tiling import feather_window, gaussian_window, pad_to_multiple, plan_tiles
+from common.tiling import Blend, blend_window, pad_to_multiple, plan_tiles
 
-Blend = Literal["average", "feather", "gaussian"]
 ColorFix = Literal["adain", "wavelet", "none"]
 Pixels = NDArray[np.uint8]
 Band = tuple[int, int]  # first output row, and the one after the last
@@ -184,17 +184,12 @@ class TileStore:
     def __init__(self, folder: Path, size: tuple[int, ...], tile: int, overlap: int, scale: int, blend: Blend) -> None:
         if scale < 1:
             raise ValueError(f"scale is {scale}; pass the output pixels per input pixel, 1 or more")
-        if blend not in ("average", "feather", "gaussian"):
-            raise ValueError(f"blend is {blend!r}; use average, feather or gaussian")
         height, width = size
         tops, lefts = plan_tiles(height, tile, overlap), plan_tiles(width, tile, overlap)
         self.places = [(top, left) for top in tops for left in lefts]
         self.folder, self.scale, self.columns = folder, scale, scale * width
         self.sides = (scale * min(tile, height), scale * min(tile, width))
-        ramp = scale * overlap if blend == "feather" else 0
-        self._window = torch.outer(
-            *(gaussian_window(side) if blend == "gaussian" else feather_window(side, ramp) for side in self.sides)
-        )
+        self._window = blend_window(self.sides, scale * overlap, blend)
         self._settings = {"size": f"{height} x {width}", "tile": tile, "overlap": overlap, "scale": scale}
 
     @property
@@ -390,21 +385,11 @@ def _writer(target: Path) -> Callable[[Path, Iterable[Pixels], int, int], None]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the path's place once it is on disk; what a killed process left is overwritten by the next."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            f"cannot write {path} ({error.strerror or error}); what was written before it is complete"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A file that takes the path's place once it is on disk."""
+    with replacing(path, shared=False) as temporary, temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _checked(path: str | Path, rows: Iterable[Pixels], height: int, width: int) -> Iterator[Pixels]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.color import color_fix
+from common.files import replacing
 from common.images import bicubic_upsample, write_png
 from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, to_uint8
 from common.tiling import pad_to_multiple, tiled
@@ -219,11 +220,7 @@ class RestorationModule(TrainingModule):
     def _gathered_scores(self) -> list[Score]:
         """All processes' scores, an image that two of them saw only once, in a fixed order."""
         scores, self._scores = self._scores, []
-        if self.trainer.world_size > 1:
-            parts: list[list[Score]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(parts, scores)
-            scores = [score for part in parts for score in part]
-        unique = {(s.method, s.dataset, s.image, s.metric): s for s in scores}
+        unique = {(s.method, s.dataset, s.image, s.metric): s for s in self.gathered(scores)}
         return sorted(unique.values(), key=lambda s: (s.dataset, s.method, s.metric, s.image))
 
     def _log_means(self, stage: str, scores: list[Score]) -> None:
@@ -239,12 +236,10 @@ class RestorationModule(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         """Log means and previews."""
         self._log_means("val", self._gathered_scores())
-        experiment: Any = getattr(self.trainer.logger, "experiment", None)
         for dataset, rows in self._previews.items():
-            if hasattr(experiment, "add_image") and not self.trainer.sanity_checking:
-                width = min(row.shape[-1] for row in rows)
-                grid = torch.cat([row[..., :width] for row in rows], dim=-2)
-                experiment.add_image(f"val/{dataset}: lq | bicubic | sr | hq", grid, self.trainer.global_step)
+            width = min(row.shape[-1] for row in rows)
+            grid = torch.cat([row[..., :width] for row in rows], dim=-2)
+            self.show_image(f"val/{dataset}: lq | bicubic | sr | hq", grid)
         self._previews.clear()
         super().on_validation_epoch_end()
 
@@ -268,12 +263,9 @@ def side_by_side(batch: Batch, sr: Tensor, scale: int) -> Tensor:
 
 def write_scores(path: Path, scores: list[Score]) -> None:
     """Write scores in long form: method, dataset, image, metric, value, protocol."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "dataset", "image", "metric", "value", "protocol"])
         for s in scores:
             value = "" if s.value is None else f"{s.value:.6f}"
             writer.writerow([s.method, s.dataset, s.image, s.metric, value, s.protocol])
-    part.replace(path)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Blend = Literal["average", "feather", "gaussian"]
+
 
 def plan_tiles(length: int, tile: int, overlap: int) -> list[int]:
     """Where the tiles along one side start.
@@ -67,13 +69,34 @@ def gaussian_window(length: int) -> Tensor:
     return torch.exp(-position.square() / (2 * 0.1**2))
 
 
+def blend_window(sides: tuple[int, int], overlap: int, blend: Blend) -> Tensor:
+    """Weights of a tile's pixels where it is joined with its neighbours.
+
+    Args:
+        sides: Height and width of the tile, pixels.
+        overlap: Pixels that neighbours share.
+        blend: "average" weighs all alike; "feather" fades linearly over the overlap, see `feather_window`; "gaussian"
+            from the middle on, see `gaussian_window`.
+
+    Returns:
+        Weights, (height, width), in (0, 1], float32.
+
+    Raises:
+        ValueError: `blend` is none of the three.
+    """
+    if blend not in ("average", "feather", "gaussian"):
+        raise ValueError(f"blend is {blend!r}; use average, feather or gaussian")
+    ramp = overlap if blend == "feather" else 0
+    return torch.outer(*(gaussian_window(n) if blend == "gaussian" else feather_window(n, ramp) for n in sides))
+
+
 def tiled(
     function: Callable[[Tensor], Tensor],
     x_lq: Tensor,
     tile: int,
     overlap: int,
     scale: int,
-    blend: Literal["average", "feather", "gaussian"] = "average",
+    blend: Blend = "average",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Run a function tile by tile and join the outputs by their weighted mean where they overlap.
@@ -88,8 +111,7 @@ def tiled(
         tile: Side of a tile, input pixels.
         overlap: Pixels of the input that neighbours share.
         scale: Output pixels per input pixel.
-        blend: "average" weighs all tiles alike; "feather" lets each fade out linearly over the overlap, "gaussian" from
-            its middle on, see `gaussian_window`.
+        blend: How a tile's pixels are weighed, see `blend_window`.
         progress: Called as (tiles done, tiles in all) after each tile.
 
     Returns:
@@ -102,14 +124,10 @@ def tiled(
         raise ValueError(f"x_lq is of shape {tuple(x_lq.shape)}; pass (B, 3, h, w)")
     if scale < 1:
         raise ValueError(f"scale is {scale}; pass the output pixels per input pixel, 1 or more")
-    if blend not in ("average", "feather", "gaussian"):
-        raise ValueError(f"blend is {blend!r}; use average, feather or gaussian")
     height, width = x_lq.shape[-2:]
     tops, lefts = plan_tiles(height, tile, overlap), plan_tiles(width, tile, overlap)
-    ramp = scale * overlap if blend == "feather" else 0
     sides = (scale * min(tile, height), scale * min(tile, width))
-    rows_columns = [gaussian_window(side) if blend == "gaussian" else feather_window(side, ramp) for side in sides]
-    window = torch.outer(*rows_columns).to(x_lq.device)
+    window = blend_window(sides, scale * overlap, blend).to(x_lq.device)
     mean = total = None
     for done, (top, left) in enumerate(((top, left) for top in tops for left in lefts), start=1):
         x_tile = x_lq[..., top : top + tile, left : left + tile]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,7 @@ from common.draws import Draws
 from common.ema import EMA
 from common.parameters import Row, is_lora
 
+T = TypeVar("T")
 Batch = dict[str, Any]
 """`lq` (B,3,h,w) and `hq` (B,3,s*h,s*w), uint8 or float in [0,1]; `prompt`, `name`: list[str]; `index`: (B,) int64."""
 
@@ -199,6 +200,20 @@ class TrainingModule(LightningModule):
     def _dataset_name(self, stage: str, dataloader_idx: int) -> str:
         names = getattr(getattr(self.trainer, "datamodule", None), "dataset_names", {}).get(stage, [])
         return str(names[dataloader_idx]) if dataloader_idx < len(names) else f"{stage}{dataloader_idx}"
+
+    def gathered(self, mine: list[T]) -> list[T]:
+        """The lists of all processes, one after the other."""
+        if self.trainer.world_size == 1:
+            return mine
+        parts: list[list[T]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(parts, mine)
+        return [item for part in parts for item in part]
+
+    def show_image(self, name: str, image: Tensor) -> None:
+        """Add an image (3,H,W) in [0,1] to TensorBoard, if that is what logs; not in the sanity check."""
+        experiment: Any = getattr(self.trainer.logger, "experiment", None)
+        if hasattr(experiment, "add_image") and not self.trainer.sanity_checking:
+            experiment.add_image(name, image, self.trainer.global_step)
 
     # The averaged weights are what is looked at
 

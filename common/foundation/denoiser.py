@@ -18,7 +18,7 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel
 from common.autoencoder import ImageCodec
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
-from common.foundation.muon import Muon
+from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
 from common.images import to_pm1
 from common.pretrained import load_vae
@@ -141,12 +141,7 @@ class TinyDenoiser(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Constant, then annealed."""
-        parameters = self.networks.parameters()
-        optimizer = (
-            Muon(parameters, lr=self.lr)
-            if self.optimizer == "muon"
-            else torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        )
+        optimizer = muon_or_adamw(self.optimizer, self.networks.parameters(), self.lr)
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,15 @@ class Muon(torch.optim.Optimizer):
         square = state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         scale = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
         parameter.addcdiv_(mean, scale, value=-group["lr"] / (1 - first ** state["step"]))
+
+
+def muon_or_adamw(
+    name: Literal["adamw", "muon"], parameters: Iterable[nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """The foundation's optimiser by its name; AdamW with Muon's betas and no decay, so that the two compare."""
+    if name == "muon":
+        return Muon(parameters, lr=lr)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -13,8 +13,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from common.checkpoints import check_keys, check_shapes, newest_checkpoint, read_checkpoint
+from common.checkpoints import check_keys, check_shapes, read_stage, trained_state
 from common.figures import agreement, figure_to_tensor, predicted_against_target, save_figure
+from common.files import replacing
 from common.images import bicubic_upsample, to_pm1
 from common.losses import build_image_loss, l1
 from common.pretrained import is_architecture_only
@@ -208,11 +209,7 @@ class TimestepEstimation(TrainingModule):
     def _gathered_rows(self) -> list[tuple[str, str, float, float]]:
         """All processes' rows, an image that two of them saw only once."""
         rows, self._rows = self._rows, []
-        if self.trainer.world_size > 1:
-            parts: list[Any] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(parts, rows)
-            rows = [row for part in parts for row in part]
-        return sorted({row[:2]: row for row in rows}.values())
+        return sorted({row[:2]: row for row in self.gathered(rows)}.values())
 
     def _report(self, stage: str) -> None:
         """Log RMSE, R^2 and the target's spread for each data set, and draw the paper's Figure 7."""
@@ -227,9 +224,7 @@ class TimestepEstimation(TrainingModule):
             if not self.trainer.is_global_zero or self.trainer.sanity_checking:
                 continue
             figure = predicted_against_target(t, t_hat, LAST, "timestep")
-            experiment: Any = getattr(self.trainer.logger, "experiment", None)
-            if hasattr(experiment, "add_image"):
-                experiment.add_image(f"{stage}/{dataset}: timestep", figure_to_tensor(figure), self.trainer.global_step)
+            self.show_image(f"{stage}/{dataset}: timestep", figure_to_tensor(figure))
             if stage == "test":
                 caption = (
                     f"Predicted against target timestep ({self.target}) of {len(t)} test images of {dataset} "
@@ -264,31 +259,10 @@ def _one_minus_ssim(x_01: Tensor, y_01: Tensor) -> Tensor:
 
 def write_rows(path: Path, rows: Iterable[tuple[str, str, float, float]]) -> None:
     """Write data set, image, target (empty where there is none) and predicted timestep as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["dataset", "image", "target", "predicted"])
         writer.writerows((d, i, "" if t != t else f"{t:.3f}", f"{p:.3f}") for d, i, t, p in rows)
-    part.replace(path)
-
-
-def _stage(path: str, argument: str, name: str) -> dict[str, Any]:
-    """Checkpoint of a stage of this paper; of a run's folder the newest."""
-    path = str(newest_checkpoint(Path(path)) or path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{argument}={path}: no such checkpoint; train that stage first and give its checkpoint or its run, "
-            "runs/dm_sr/<name>"
-        )
-    try:
-        checkpoint = read_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(str(error).replace("ckpt_path=", f"{argument}=", 1)) from error
-    found = str(checkpoint.get("hyper_parameters", {}).get("_class_path", "nothing known"))
-    if found.rpartition(".")[2] != name:
-        raise ValueError(f"{argument}={path} is a checkpoint of {found}; give one of papers.dm_sr.{name}")
-    return checkpoint
 
 
 def read_estimator(path: str) -> TimestepEstimator:
@@ -298,13 +272,16 @@ def read_estimator(path: str) -> TimestepEstimator:
         FileNotFoundError: There is no such file.
         ValueError: It is another stage's, or does not fit.
     """
-    checkpoint = _stage(path, "estimator", "TimestepEstimation")
+    checkpoint = read_stage(path, "estimator", "papers.dm_sr.TimestepEstimation")
     given = checkpoint["hyper_parameters"]
     estimator = TimestepEstimator("empty", given.get("width", 1.0), LAST + 1)
     if is_architecture_only():
         return estimator
-    state = {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
-    state = {name.removeprefix("estimator."): v for name, v in state.items() if name.startswith("estimator.")}
+    state = {
+        name.removeprefix("estimator."): value
+        for name, value in trained_state(checkpoint).items()
+        if name.startswith("estimator.")
+    }
     expected = {name for name, _ in estimator.named_parameters()}
     check_keys(expected, set(state), f"estimator={path}")
     check_shapes(estimator, state, f"estimator={path}")
@@ -316,15 +293,14 @@ def read_restorer(path: str) -> Any:
     """Stage 2 of a checkpoint, frozen, averaged weights where it has them; errors as for `read_estimator`."""
     from papers.dm_sr.module import DMSR
 
-    checkpoint = _stage(path, "restorer", "DMSR")
+    checkpoint = read_stage(path, "restorer", "papers.dm_sr.DMSR")
     names = ("pretrained", "prompt", "embedding", "scale", "seed")
     given = {name: checkpoint["hyper_parameters"][name] for name in names}
     # neither estimator nor discriminator nor losses are asked
     restorer = DMSR(**given, timestep=0, lambda_per=0.0, lambda_adv=0.0, ema_decay=None)
     restorer.configure_model()
     keys = restorer.checkpoint_keys()
-    state = {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
-    state = {name: value for name, value in state.items() if not name.startswith("discriminator.")}
+    state = {n: value for n, value in trained_state(checkpoint).items() if not n.startswith("discriminator.")}
     check_keys(keys, set(state), f"restorer={path}")
     restorer.load_state_dict(state, strict=False)
     return restorer.requires_grad_(False).eval()

@@ -320,9 +320,7 @@ class DMSR(RestorationModule):
                 "the standard normal density, and Q-Q plot (the paper's Figure 4b)."
             )
             save_figure(folder / "figures" / "predicted_noise.png", figure, caption)
-            experiment: Any = getattr(self.trainer.logger, "experiment", None)
-            if hasattr(experiment, "add_image"):
-                experiment.add_image("test/predicted noise", figure_to_tensor(figure), self.trainer.global_step)
+            self.show_image("test/predicted noise", figure_to_tensor(figure))
 
     # Training, sections 3.4 and 3.5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoints import check_keys, kept_keys, load_trained_weights, matching, read_checkpoint
+from common.checkpoints import check_keys, kept_keys, load_trained_weights, matching, read_checkpoint, trained_state
 
 
 class Model(nn.Module):
@@ -105,3 +105,11 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"init_from=.*head\.0\.\w+ is \(5.*\) there and \(2.*\) here") as caught:
         load_trained_weights(target, tmp_path / "a.ckpt", keys)
     assert "\n" not in str(caught.value)
+
+
+def test_averages_stand_in_the_place_of_their_parameters() -> None:
+    state, average = {"a.w": torch.zeros(1), "a.count": torch.ones(1)}, {"a.w": torch.full((1,), 5.0)}
+    assert trained_state({"state_dict": state}) == state
+    with_averages = trained_state({"state_dict": state, "ema": {"updates": 1, "average": average}})
+    assert {name: float(value) for name, value in with_averages.items()} == {"a.w": 5.0, "a.count": 1.0}
+    assert float(state["a.w"]) == 0.0

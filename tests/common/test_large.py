@@ -115,8 +115,15 @@ class TestUpscaleLarge:
         assert seen == [(done, in_all) for done in range(1, in_all + 1)]
 
     def test_gradients_are_not_kept(self, tmp_path: Path) -> None:
-        weight = torch.ones((), requires_grad=True)
-        by_tiles(picture(8, 8), tmp_path / "a.png", lambda tile: restore(tile) * weight)
+        weight, made = torch.ones((), requires_grad=True), []
+
+        def function(tile: Tensor) -> Tensor:
+            made.append((tile, restore(tile) * weight))
+            return made[-1][1]
+
+        by_tiles(picture(20, 20).requires_grad_(), tmp_path / "a.png", function)
+        assert len(made) == 4
+        assert not any(x.grad_fn or y.requires_grad for x, y in made)
 
     @pytest.mark.parametrize(
         ("wrong", "message"),

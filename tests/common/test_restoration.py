@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -440,6 +441,19 @@ class TestScores:
         toy._scores = [score("c", 3.0), score("a", 1.0)]
         assert [(s.image, s.value) for s in toy._gathered_scores()] == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
         assert toy._scores == []
+
+    @pytest.mark.parametrize(("checking", "shown"), [(False, [("a", 7)]), (True, [])])
+    def test_images_go_to_a_logger_that_shows_them_but_not_in_the_sanity_check(
+        self, monkeypatch: pytest.MonkeyPatch, checking: bool, shown: list[tuple[str, int]]
+    ) -> None:
+        calls: list[tuple[str, int]] = []
+        tensorboard = SimpleNamespace(add_image=lambda name, image, step: calls.append((name, step)))
+        for experiment in (tensorboard, None):
+            logger = SimpleNamespace(experiment=experiment)
+            trainer = SimpleNamespace(logger=logger, sanity_checking=checking, global_step=7)
+            monkeypatch.setattr(Toy, "trainer", trainer)
+            Toy().show_image("a", torch.zeros(3, 2, 2))
+        assert calls == shown
 
     def test_a_metric_that_cannot_be_had_is_a_row_with_its_reason_and_no_zero(
         self, trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from common.tiling import feather_window, pad_to_multiple, plan_tiles, tiled
+from common.tiling import blend_window, feather_window, gaussian_window, pad_to_multiple, plan_tiles, tiled
 
 
 def nearest(scale: int):
@@ -70,6 +70,18 @@ class TestFeatherWindow:
     def test_fall_and_next_rise_sum_to_one(self, length, overlap):
         window = feather_window(length, overlap)
         assert_close(window[-overlap:] + window[:overlap], torch.ones(overlap))
+
+
+class TestBlendWindow:
+    def test_hand_values(self):
+        assert torch.equal(blend_window((2, 3), 1, "average"), torch.ones(2, 3))
+        assert_close(blend_window((2, 3), 1, "feather"), torch.tensor([[0.25, 0.5, 0.25]] * 2))
+        middle = blend_window((4, 5), 1, "gaussian")[:, 2]
+        assert_close(middle, gaussian_window(4))
+
+    def test_another_blend_is_named(self):
+        with pytest.raises(ValueError, match="blend is 'gauss'; use average, feather or gaussian"):
+            blend_window((2, 3), 1, "gauss")
 
 
 class TestTiled:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.foundation.muon import Muon, orthogonal
+from common.foundation.muon import Muon, muon_or_adamw, orthogonal
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -75,3 +75,11 @@ def test_it_goes_on_from_its_saved_state() -> None:
     descend(optimizer, whole, 1)  # without its momentum
     assert not torch.equal(whole[0], parted[0])
     assert reference.state_dict()["state"][1]["step"] == 3
+
+
+def test_either_optimiser_comes_by_its_name_with_the_same_learning_rate_and_betas() -> None:
+    muon, adamw = (muon_or_adamw(name, parameters((8, 8)), 0.03) for name in ("muon", "adamw"))
+    assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
+    for optimizer in (muon, adamw):
+        assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (0.03, (0.9, 0.99))
+    assert adamw.defaults["weight_decay"] == 0

@@ -1,66 +1,21 @@
-"""A small random base in the hub's layout, shaped as SD is, a stage-1 checkpoint as Lightning writes it, a batch."""
+"""A stage-1 checkpoint as Lightning writes it, and batches."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn import functional as F
-from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel
 
 from papers.dm_sr import TimestepEstimation
 
-TEXT_WIDTH = 16
 T_WIDTH = 0.05
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("sd")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=TEXT_WIDTH,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            use_linear_projection=True,
-        )
-        with torch.no_grad():  # a noise of some size, and one that hears of text and time
-            unet.conv_out.weight *= 4
-        unet.save_pretrained(root / "unet")
-        AutoencoderKL(
-            block_out_channels=(8, 12, 16),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=4,
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=32,
-        ).save_pretrained(root / "vae")
-        text = CLIPTextConfig(
-            vocab_size=384,
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-        )
-        CLIPTextModel(text).save_pretrained(root / "text_encoder")
-    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    schedule.save_pretrained(root / "scheduler")
-    ByT5Tokenizer(model_max_length=77).save_pretrained(root / "tokenizer")
-    return str(root)
+def sd(make_sd: Callable[..., str]) -> str:
+    return make_sd(noise=4)  # so that it hears of text and time
 
 
 @pytest.fixture(scope="session")
