@@ -64,8 +64,9 @@ class SRData(LightningDataModule):
     Trainer with `use_distributed_sampler=False`: the samplers here share the data out themselves.
 
     Args:
-        train: Good photos: folder (searched recursively), txt list, csv or parquet manifest (columns image_path and
-            optionally prompt), or a list of these; one named twice is drawn twice as often.
+        train: Good photos: folder (searched recursively), txt list, csv or parquet manifest (column image_path,
+            optionally prompt, optionally top, left, side of a window in px, as isr caption writes them), or a list of
+            these; one named twice is drawn twice as often.
         val: One or more sets: folders with test_LR and test_HR, or good photos that are cut to a grid and degraded.
         test: One or more benchmark folders: test_LR with test_HR, or low-quality images without references.
         predict: Low-quality images: folder, image, txt list or manifest.

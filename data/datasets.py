@@ -27,9 +27,11 @@ from data.images import (
     ImageError,
     Pixels,
     Source,
+    Window,
     first_five,
     image_size,
     is_image,
+    list_entries,
     list_images,
     read_image,
     read_table,
@@ -209,15 +211,16 @@ def resize_by(image: Pixels, factor: float) -> Pixels:
 
 
 class HQImages(Dataset[Sample]):
-    """Random crops of good photos with their degraded versions; its keys come from StreamSampler.
+    """Random crops of good photos, or of windows of them, with their degraded versions; keys come from StreamSampler.
 
     A photo smaller than the crop is continued at its right and lower edge by reflection, as the field's loaders do.
     All that is random in a sample depends on (seed, epoch, index) only.
 
     Args:
-        source: Photos, see `data.images.list_images`.
+        source: Photos, see `data.images.list_entries`. A manifest's row with a window (`top`, `left`, `side`) is that
+            part of its photo, with that row's prompt; the crop is then taken within it.
         scale: Super-resolution factor.
-        crop_size: Side of the HQ crop in px, a multiple of the scale.
+        crop_size: Side of the HQ crop in px, a multiple of the scale, at most the side of every window.
         degradation: What makes the LQ crop; None is bicubic down-sampling.
         seed: First part of every sample's random state.
         prompts: Prompts of the images whose manifest gives none; without it theirs are empty.
@@ -251,18 +254,28 @@ class HQImages(Dataset[Sample]):
         check_on_error(on_error)
         self.scale, self.crop_size, self.degradation, self.seed = scale, crop_size, degradation, seed
         self.on_error, self.flips, self.cache, self.argument = on_error, flips, cache, argument
-        listed = list_images(source, argument)
-        self.paths = [path for path, _ in listed]
+        listed = list_entries(source, argument)
+        self.paths = [entry.path for entry in listed]
+        self.windows = [entry.window for entry in listed]
+        smallest = min((window.side for window in self.windows if window), default=crop_size)
+        if smallest < crop_size:
+            raise ValueError(
+                f"crop_size={crop_size} does not fit into the windows of {argument}={source}, the smallest of which "
+                f"has side {smallest}; set crop_size to {max(1, smallest // scale) * scale} or less"
+            )
         distinct = list(dict.fromkeys(self.paths))
         name_of = dict(zip(distinct, unique_names(distinct), strict=True))
         self.names = [name_of[path] for path in self.paths]
-        self._texts = _Texts([prompt for _, prompt in listed], self.names, prompts)
+        self._texts = _Texts([entry.prompt for entry in listed], self.names, prompts)
         factors = rescales or {}
         self._items = [
             (place, factor) for place, path in enumerate(self.paths) for factor in factors.get(path.stem, (1.0,))
         ]
-        self._unreadable = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()  # seen by all workers
-        self._cached: dict[tuple[Path, float], Pixels] = {}
+        number = {path: i for i, path in enumerate(distinct)}
+        self._files = distinct
+        self._file = [number[path] for path in self.paths]  # place -> its file, which windows share
+        self._unreadable = torch.zeros(len(distinct), dtype=torch.bool).share_memory_()  # seen by all workers
+        self._cached: dict[tuple[Path, Window | None, float], Pixels] = {}
 
     def __len__(self) -> int:
         return len(self._items)
@@ -270,14 +283,24 @@ class HQImages(Dataset[Sample]):
     @property
     def skipped(self) -> list[Path]:
         """The unreadable files met so far by this process and its workers."""
-        return [self.paths[place] for place in torch.nonzero(self._unreadable).flatten().tolist()]
+        return [self._files[file] for file in torch.nonzero(self._unreadable).flatten().tolist()]
 
     def _photo(self, item: int) -> Pixels:
         place, factor = self._items[item]
-        key = self.paths[place], factor
+        path, window = self.paths[place], self.windows[place]
+        key = path, window, factor
         if key in self._cached:
             return self._cached[key]
-        photo = resize_by(read_image(key[0]), factor)
+        photo = read_image(path)
+        if window is not None:
+            height, width = photo.shape[:2]
+            if window.top + window.side > height or window.left + window.side > width:
+                raise ImageError(
+                    f"{path} is {width}x{height}, but {self.argument} has a window of it with top={window.top}, "
+                    f"left={window.left}, side={window.side}; put back the photo it was made for, or make it again"
+                )
+            photo = photo[window.top : window.top + window.side, window.left : window.left + window.side].copy()
+        photo = resize_by(photo, factor)
         if self.cache:
             self._cached[key] = photo
         return photo
@@ -285,19 +308,19 @@ class HQImages(Dataset[Sample]):
     def _readable_photo(self, index: int) -> tuple[int, Pixels]:
         """Photo of the key's item, or of the next that can be read, and that item."""
         for item in (*range(index, len(self._items)), *range(index)):
-            place = self._items[item][0]
-            if self._unreadable[place]:
+            file = self._file[self._items[item][0]]
+            if self._unreadable[file]:
                 continue
             try:
                 return item, self._photo(item)
             except ImageError as error:
                 if self.on_error == "raise":
                     raise
-                self._unreadable[place] = True
+                self._unreadable[file] = True
                 log.warning("skipped, %d so far: %s", len(self.skipped), error)
         raise ImageError(
-            f"{self.argument}: none of the {len(self.paths)} images can be read, among them {first_five(self.paths)}; "
-            "replace the files"
+            f"{self.argument}: none of the {len(self._files)} images can be read, among them "
+            f"{first_five(self._files)}; replace the files"
         )
 
     def _crop(self, photo: Pixels, rng: np.random.Generator) -> Pixels:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -28,6 +29,22 @@ IMAGE_EXTENSIONS = frozenset(
 _ORIENTATION = 0x0112  # EXIF and TIFF tag
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _META_INFO_SIZE = re.compile(r"\s+\(\d+,\s*\d+(,\s*\d+)?\)$")  # BasicSR meta_info: "name.png (480,480,3)"
+
+
+class Window(NamedTuple):
+    """A square of a photo, px: rows `top` to `top + side`, columns `left` to `left + side`."""
+
+    top: int
+    left: int
+    side: int
+
+
+class Entry(NamedTuple):
+    """An image that a source lists; what the source does not give is None."""
+
+    path: Path
+    prompt: str | None = None
+    window: Window | None = None
 
 
 class ImageError(ValueError):
@@ -183,9 +200,18 @@ def _rows_of_csv(path: Path) -> list[dict[str, str]]:
 
 
 def _rows_of_parquet(path: Path, argument: str) -> list[dict[str, str]]:
+    require_pyarrow(path, argument)
+    return importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
+
+
+def require_pyarrow(path: Path, argument: str) -> None:
+    """Refuse a parquet file where pyarrow, which is optional, is not installed.
+
+    Raises:
+        ValueError: It is not; the message names the user's argument.
+    """
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{argument}={path}: parquet needs pyarrow; pip install pyarrow, or give a csv instead")
-    return importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
 
 
 def read_table(path: Path, argument: str) -> list[dict[str, str]]:
@@ -204,60 +230,112 @@ def read_table(path: Path, argument: str) -> list[dict[str, str]]:
     return rows
 
 
-def _listed(path: Path, argument: str) -> list[tuple[Path, str | None]]:
+def _window(row: dict[str, Any], number: int, table: str) -> Window | None:
+    """The window of a manifest's row; None where its three cells are empty."""
+    cells = row["top"], row["left"], row["side"]
+    if all(cell in (None, "") for cell in cells):
+        return None
+    try:
+        window = Window(*(int(float(cell)) for cell in cells))  # a table with gaps holds 512.0 for 512
+        if window != tuple(map(float, cells)) or min(window) < 0 or window.side < 1:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        given = ", ".join(f"{name}={cell}" for name, cell in zip(Window._fields, cells, strict=True))
+        raise ValueError(
+            f"{table}: row {number} has {given}; give whole px, side >= 1, or leave all three empty"
+        ) from None
+    return window
+
+
+def _listed(path: Path, argument: str) -> list[Entry]:
     """Entries of a list or manifest; relative paths count from the folder the file lies in."""
     if path.suffix.lower() == ".txt":
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        entries = [(_META_INFO_SIZE.sub("", line), None) for line in lines if line]
+        entries = [Entry(path.parent / _META_INFO_SIZE.sub("", line)) for line in lines if line]
         if not entries:
             raise ValueError(f"{argument}={path} is an empty list; write one image path per line")
-        return [(path.parent / name, prompt) for name, prompt in entries]
+        return entries
     rows = read_table(path, argument)
     column = next((name for name in ("image_path", "path") if name in rows[0]), None)
     if column is None:
         raise ValueError(f"{argument}={path} has columns {', '.join(rows[0])}; name the one with files image_path")
-    return [(path.parent / row[column], row.get("prompt")) for row in rows]
+    given = [name for name in Window._fields if name in rows[0]]
+    if given and len(given) < len(Window._fields):
+        raise ValueError(
+            f"{argument}={path} has of a window's columns only {', '.join(given)}; give all of top, left, side, or none"
+        )
+    files = {name: path.parent / name for name in {row[column] for row in rows}}  # one for all windows of a photo
+    return [
+        Entry(
+            files[row[column]],
+            row.get("prompt"),
+            _window(row, number, f"{argument}={path}") if given else None,
+        )
+        for number, row in enumerate(rows, 1)
+    ]
 
 
-def list_images(source: Source, argument: str = "source") -> list[tuple[Path, str | None]]:
-    """Find out which image files are meant.
+def list_entries(source: Source, argument: str = "source") -> list[Entry]:
+    """Find out which image files, or which windows of them, are meant.
 
     Args:
         source: A folder (searched recursively; sorted by relative path), an image file, a txt list (one path a line),
-            a csv or parquet manifest (column `image_path` or `path`, optionally `prompt`), or a sequence of these, one
-            after the other. Lists keep their order, and what is named twice counts twice, which is how a set is given
-            more weight. Relative paths in a list count from the list's own folder.
+            a csv or parquet manifest (column `image_path` or `path`, optionally `prompt`, optionally `top`, `left` and
+            `side` of a window in px), or a sequence of these, one after the other. Lists keep their order, and what is
+            named twice counts twice, which is how a set is given more weight. Relative paths in a list count from the
+            list's own folder.
         argument: Name of the user's argument, for messages.
 
     Returns:
-        (path, prompt) in a fixed order; the prompt is None where the source gives none.
+        The entries in a fixed order.
 
     Raises:
         FileNotFoundError: The source, or a file it lists, does not exist (the first five are named).
-        ValueError: The source holds no images, or is of an unknown kind.
+        ValueError: The source holds no images, is of an unknown kind, or has a window that is none.
     """
     if not isinstance(source, str | Path):
         if not source:
             raise ValueError(f"{argument}=[] names nothing; give a folder, an image, a list or a manifest")
-        return [entry for part in source for entry in list_images(part, argument)]
+        return [entry for part in source for entry in list_entries(part, argument)]
     path = Path(source).expanduser()
     if path.is_dir():
         found = _walk(path)
         if not found:
             kinds = " ".join(sorted(IMAGE_EXTENSIONS))
             raise ValueError(f"{argument}={source} holds no images; put files there that end in one of {kinds}")
-        return [(file, None) for file in found]
+        return [Entry(file) for file in found]
     if not path.exists():
         raise FileNotFoundError(f"{argument}={source} does not exist; give a folder, an image, a list or a manifest")
     if is_image(path):
-        return [(path, None)]
+        return [Entry(path)]
     if path.suffix.lower() not in {".txt", ".csv", ".parquet"}:
         raise ValueError(f"{argument}={source} is of no known kind; give a folder, an image, a .txt, .csv or .parquet")
     entries = _listed(path, argument)
-    missing = [file for file, _ in entries if not file.is_file()]
+    gone = {file for file in dict.fromkeys(entry.path for entry in entries) if not file.is_file()}
+    missing = [entry.path for entry in entries if entry.path in gone]
     if missing:
         raise FileNotFoundError(
             f"{argument}={source} lists {len(missing)} of {len(entries)} files that do not exist: "
             f"{first_five(missing)}; correct the list (relative paths count from its folder)"
         )
     return entries
+
+
+def list_images(source: Source, argument: str = "source") -> list[tuple[Path, str | None]]:
+    """Find out which image files are meant, where only whole images are of use; arguments as for `list_entries`.
+
+    Returns:
+        (path, prompt) in a fixed order; the prompt is None where the source gives none.
+
+    Raises:
+        FileNotFoundError: The source, or a file it lists, does not exist (the first five are named).
+        ValueError: The source holds no images, is of an unknown kind, or lists windows.
+    """
+    entries = list_entries(source, argument)
+    windows = sum(entry.window is not None for entry in entries)
+    if windows:
+        raise ValueError(
+            f"{argument}={source} lists {windows} windows of photos (columns top, left, side), which only training "
+            f"takes; give {argument} whole images"
+        )
+    return [(entry.path, entry.prompt) for entry in entries]

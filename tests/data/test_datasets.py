@@ -149,6 +149,52 @@ class TestHQImages:
         dataset = HQImages(source, 4, 16, prompts=Prompts(tmp_path / "texts"))
         assert [dataset[(0, i, 0)]["prompt"] for i in (0, 1)] == ["from the manifest", "from the folder"]
 
+    def test_a_window_of_the_crops_size_is_the_crop_and_has_its_own_prompt(self, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "m.csv").write_text(
+            "image_path,top,left,side,prompt\nphotos/2.png,5,7,16,first\nphotos/2.png,48,44,16,corner\n"
+            "photos/0.png,0,1,16,\nphotos/2.png,0,0,16,last\n"
+        )
+        dataset = HQImages(tmp_path / "m.csv", 4, 16, flips=False)
+        photo, other = read_image(photos / "2.png"), read_image(photos / "0.png")
+        expected = [photo[5:21, 7:23], photo[48:64, 44:60], other[:16, 1:17], photo[:16, :16]]
+        for epoch in range(3):
+            samples = [dataset[(epoch, i, i)] for i in range(4)]
+            for sample, pixels in zip(samples, expected, strict=True):
+                np.testing.assert_array_equal(hwc(sample["hq"]), pixels)
+                np.testing.assert_array_equal(hwc(sample["lq"]), bicubic_downsample(pixels, 4))
+            assert [sample["prompt"] for sample in samples] == ["first", "corner", "", "last"]
+            assert [sample["name"] for sample in samples] == ["2", "2", "0", "2"]
+
+    @pytest.mark.parametrize("cache", [False, True])
+    def test_crops_of_a_larger_window_reach_all_of_it_and_nothing_else(
+        self, photos: Path, tmp_path: Path, cache: bool
+    ) -> None:
+        (tmp_path / "m.csv").write_text("path,top,left,side\nphotos/3.png,10,20,14\nphotos/3.png,0,0,13\n")
+        dataset = HQImages(tmp_path / "m.csv", 4, 12, flips=False, cache=cache)
+        photo = read_image(photos / "3.png")
+        for item, (top, left, side) in enumerate([(10, 20, 14), (0, 0, 13)]):
+            places = [(y, x) for y in range(top, top + side - 11) for x in range(left, left + side - 11)]
+            seen = {hwc(dataset[(epoch, item, 0)]["hq"]).tobytes() for epoch in range(100)}
+            assert seen == {photo[y : y + 12, x : x + 12].tobytes() for y, x in places}
+
+    def test_a_photo_that_is_not_the_windows_is_skipped_once_with_all_its_windows(
+        self, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "m.csv").write_text(
+            "path,top,left,side\nphotos/0.png,33,0,16\nphotos/0.png,0,0,16\nphotos/1.png,0,0,16\n"
+        )
+        dataset = HQImages(tmp_path / "m.csv", 4, 16)
+        with caplog.at_level(logging.WARNING):
+            assert [dataset[(0, i, 0)]["name"] for i in (0, 1, 2)] == ["1", "1", "1"]
+        assert dataset.skipped == [photos / "0.png"]
+        assert len(caplog.records) == 1
+        assert "0.png is 60x48, but source has a window of it with top=33, left=0, side=16" in caplog.text
+
+    def test_windows_smaller_than_the_crop_are_refused(self, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "m.csv").write_text("path,top,left,side\nphotos/0.png,0,0,18\nphotos/0.png,0,0,40\n")
+        with pytest.raises(ValueError, match=r"crop_size=32 does not fit .* source=.*side 18; set crop_size to 16"):
+            HQImages(tmp_path / "m.csv", 4, 32)
+
     def test_errors_name_argument_value_and_fix(self, photos: Path) -> None:
         with pytest.raises(ValueError, match="crop_size=30 is no multiple of scale=4; set crop_size to 28"):
             HQImages(photos, 4, 30)

@@ -13,7 +13,17 @@ import pytest
 from PIL import Image
 
 from common.images import write_png
-from data.images import IMAGE_EXTENSIONS, ImageError, image_size, is_image, list_images, read_image
+from data.images import (
+    IMAGE_EXTENSIONS,
+    Entry,
+    ImageError,
+    Window,
+    image_size,
+    is_image,
+    list_entries,
+    list_images,
+    read_image,
+)
 
 ORIENTATION = 0x0112
 # What a viewer does with a stored array for each EXIF value (JEITA CP-3451, table of the Orientation tag)
@@ -346,3 +356,48 @@ class TestListImages:
             assert "\n" not in str(caught.value)
         with pytest.raises(ValueError, match=r"train=\[\] names nothing; give"):
             list_images([], "train")
+
+
+class TestWindows:
+    @pytest.fixture
+    def manifest(self, tmp_path: Path) -> Path:
+        Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+        return tmp_path / "m.csv"
+
+    def test_rows_with_a_window_and_rows_without_go_together(self, manifest: Path) -> None:
+        manifest.write_text("image_path,top,left,side,prompt\na.png,1,2,3,one\na.png,,,,all\na.png,0.0,4.0,5.0,two\n")
+        path = manifest.with_name("a.png")
+        assert list_entries(manifest) == [
+            Entry(path, "one", Window(1, 2, 3)),
+            Entry(path, "all", None),
+            Entry(path, "two", Window(0, 4, 5)),
+        ]
+        assert all(isinstance(value, int) for value in list_entries(manifest)[2].window or ())
+
+    def test_parquet_windows_are_those_of_the_csv(self, manifest: Path) -> None:
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        rows = {"path": ["a.png"] * 2, "top": [1, None], "left": [2, None], "side": [3, None], "prompt": ["one", "all"]}
+        pq.write_table(pa.table(rows), manifest.with_suffix(".parquet"))
+        manifest.write_text("path,top,left,side,prompt\na.png,1,2,3,one\na.png,,,,all\n")
+        assert list_entries(manifest.with_suffix(".parquet")) == list_entries(manifest)
+
+    def test_whole_images_do_not_come_with_windows(self, manifest: Path) -> None:
+        manifest.write_text("path,top,left,side\na.png,1,2,3\n")
+        with pytest.raises(ValueError, match=r"val=.*m\.csv lists 1 windows of photos .* give val whole images"):
+            list_images(manifest, "val")
+        manifest.write_text("path,top,left,side,prompt\na.png,,,,all\n")
+        assert list_images(manifest) == [(manifest.with_name("a.png"), "all")]
+
+    @pytest.mark.parametrize("cells", ["1,2,0", "-1,2,3", "1,,3", "1,2,x", "1.5,2,3", "nan,2,3", "inf,2,3"])
+    def test_what_is_no_window_is_named_by_its_row(self, manifest: Path, cells: str) -> None:
+        manifest.write_text(f"path,top,left,side\na.png,1,2,3\na.png,{cells}\n")
+        top, left, side = cells.split(",")
+        with pytest.raises(
+            ValueError, match=rf"train=.*: row 2 has top={top}, left={left}, side={side}; give whole px"
+        ):
+            list_entries(manifest, "train")
+
+    def test_half_a_windows_columns_are_refused(self, manifest: Path) -> None:
+        manifest.write_text("path,top,left\na.png,1,2\n")
+        with pytest.raises(ValueError, match=r"train=.* has of a window's columns only top, left; give all of top"):
+            list_entries(manifest, "train")
