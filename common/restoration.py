@@ -8,8 +8,11 @@ so that a comparison is fair by construction.
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +23,7 @@ from torch import Tensor
 from common.color import color_fix
 from common.files import replacing
 from common.images import bicubic_upsample, write_png
+from common.large import upscale_large, write_tiff_rows
 from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, to_uint8
 from common.tiling import pad_to_multiple, tiled
 from common.training import Batch, TrainingModule
@@ -38,6 +42,9 @@ class Inference:
         blend: How overlaps are joined: plain `average`, `feather` or `gaussian`.
         metrics: Ids of the metrics computed on validation and test images, see `common.metrics`.
         preview: Images a data set that validation shows in TensorBoard.
+        large: Predicted images of more output megapixels are made tile by tile on disk: memory does not grow with the
+            image, and a killed run goes on with the tiles it has. Needs `tile`; null keeps every image in memory.
+        file_type: Of predicted images: `png` or `tif`.
     """
 
     color_fix: Literal["adain", "wavelet", "none"] = "adain"
@@ -46,6 +53,8 @@ class Inference:
     blend: Literal["average", "feather", "gaussian"] = "average"
     metrics: list[str] = field(default_factory=lambda: ["psnr_y", "ssim_y", "psnr_rgb"])
     preview: int = 4
+    large: float | None = 2.0
+    file_type: Literal["png", "tif"] = "png"
 
 
 class Upscaled(NamedTuple):
@@ -187,13 +196,72 @@ class RestorationModule(TrainingModule):
         self._write(self._results() / "test" / dataset, batch["name"], sr)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Upscale a batch to PNG files named after the inputs; nothing is kept in memory."""
+        """Upscale a batch to files named after the inputs; nothing is kept in memory."""
         folder = self.results_dir or self._results() / "predict"
-        self._write(folder, batch["name"], self.upscale(batch["lq"], batch["prompt"]).sr)
+        if not self.is_large(batch["lq"]):
+            self._write(folder, batch["name"], self.upscale(batch["lq"], batch["prompt"]).sr, self.inference.file_type)
+            return
+        for x_lq, prompt, name in zip(batch["lq"].split(1), batch["prompt"], batch["name"], strict=True):
+            self._upscale_to(folder / f"{name}.{self.inference.file_type}", x_lq, prompt)
 
-    def _write(self, folder: Path, names: list[str], x_01: Tensor) -> None:
+    def is_large(self, x_lq: Tensor) -> bool:
+        """Whether images (B,3,h,w) of this size are made tile by tile on disk when they are predicted."""
+        inference, (height, width) = self.inference, x_lq.shape[-2:]
+        return (
+            inference.large is not None
+            and inference.tile is not None
+            and self.scale**2 * height * width > inference.large * 1e6
+        )
+
+    def _upscale_to(self, target: Path, x_lq: Tensor, prompt: str) -> None:
+        """`upscale` of one image (1,3,h,w) into a file, in bounded memory."""
+        inference, scale = self.inference, self.scale
+        self._check_tile()
+        conditions = self.prepare(x_lq, [prompt])
+        with self._tile_bar(target.name) as progress:
+            upscale_large(
+                lambda tile: self.restore(tile, conditions),
+                x_lq,
+                target,
+                scale=scale,
+                tile=(inference.tile or 0) // scale,
+                overlap=inference.overlap // scale,
+                blend=inference.blend,
+                color_fix=inference.color_fix,
+                size_multiple=self.size_multiple,
+                key=self._making(conditions),
+                progress=progress,
+            )
+
+    def _making(self, conditions: Any) -> str:
+        """A digest of what decides a tile's pixels besides the tile: settings, trained weights, conditions."""
+        settings = {key: value for key, value in self.hparams.items() if key != "inference"}
+        digest = hashlib.blake2b(f"{type(self).__name__} {self.trainer.precision} {settings}".encode())
+        tensors = [*self.all_trainable().values(), *_tensors(conditions)]
+        for tensor in tensors:
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:32]
+
+    @contextmanager
+    def _tile_bar(self, name: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A line of one image's tiles in the progress bar, where Lightning shows its rich one."""
+        bar: Any = getattr(self.trainer.progress_bar_callback, "progress", None)
+        if bar is None:
+            yield None
+            return
+        task = bar.add_task(name)
+        try:
+            yield lambda done, in_all: bar.update(task, completed=done, total=in_all, refresh=True)
+        finally:
+            bar.remove_task(task)
+
+    def _write(self, folder: Path, names: list[str], x_01: Tensor, file_type: Literal["png", "tif"] = "png") -> None:
         for name, image in zip(names, to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            write_png(folder / f"{name}.png", image)
+            path = folder / f"{name}.{file_type}"
+            if file_type == "png":
+                write_png(path, image)
+            else:
+                write_tiff_rows(path, [image], *image.shape[:2])
 
     def _score(self, method: str, dataset: str, batch: Batch, sr: Tensor) -> None:
         for i, name in enumerate(batch["name"]):
@@ -251,6 +319,13 @@ class RestorationModule(TrainingModule):
         if self.trainer.is_global_zero and scores:
             write_scores(path, scores)
         super().on_test_epoch_end()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """All tensors of what `prepare` gave: nothing, one, or (named) tuples of them."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, tuple) else []
 
 
 def side_by_side(batch: Batch, sr: Tensor, scale: int) -> Tensor:

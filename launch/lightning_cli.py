@@ -90,7 +90,7 @@ class IsrCLI(LightningCLI):
             help="Folder of all runs. A model's setting runs/PAPER/NAME means that run's newest checkpoint.",
         )
         parser.add_argument(
-            "--name", type=str | None, default=None, help="Name of the run; default: the first config's file name."
+            "--name", type=str | None, default=None, help="Name of the run; default: the file name of the first config with a model."
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         # a version counter would write last-v1.ckpt beside the old last.ckpt when a run goes on in its folder
@@ -169,7 +169,8 @@ class IsrCLI(LightningCLI):
         """TensorBoard in the run's folder: a new version, or the checkpoint's own."""
         run = run_folder_of(config.get("ckpt_path"))
         if run is None or config.name:
-            name = f"{paper_of(config.model.class_path)}/{config.name or _name(config)}"
+            files = [Path(str(file)) for file in config.get("config") or []]
+            name = f"{paper_of(config.model.class_path)}/{config.name or run_name_of(files)}"
             return TensorBoardLogger(Path(config.runs).absolute(), name, default_hp_metric=False)
         resumed: dict[str, Any] = {}
         if self.subcommand == "fit":  # curves go on where the checkpoint stands, not where the process died
@@ -243,9 +244,10 @@ def config_run_name(path: Path) -> str:
     return path.stem
 
 
-def _name(config: Any) -> str:
-    files = [Path(str(file)) for file in config.get("config") or []]
-    return config_run_name(files[0].absolute()) if files else "default"
+def run_name_of(files: Sequence[Path]) -> str:
+    """Name of the run that several configs make: that of the first with a model; data may come before it."""
+    with_model = [file for file in files if "model" in (yaml.safe_load(file.read_text()) or {})]
+    return next((config_run_name(file.absolute()) for file in (*with_model, *files)), "default")
 
 
 def _stored_model(args: list[str]) -> dict[str, Any] | None:

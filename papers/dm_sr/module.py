@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -38,6 +39,7 @@ from common.pretrained import (
     load_vae,
 )
 from common.restoration import Inference, RestorationModule
+from common.tiling import plan_tiles
 from common.training import Batch
 from papers.dm_sr.estimation import read_estimator
 from papers.dm_sr.losses import GANLoss, adversarial_loss, discriminator_objective
@@ -282,8 +284,15 @@ class DMSR(RestorationModule):
         return self.denoiser(self.encoder(i_lr_pm1, t_hat), t_hat.round().long(), c)
 
     def prepare(self, x_lq: Tensor, prompts: list[str]) -> Conditions:
-        """Timestep and text belong to the whole image, not to the tile."""
-        t_hat = self.timesteps(bicubic_upsample(x_lq, self.scale))
+        """Timestep and text belong to the whole image, not to the tile.
+
+        The estimator sees large images tile by tile, too, and the mean counts: it takes a mean over positions anyway.
+        """
+        parts, (height, width), tile = [x_lq], x_lq.shape[-2:], (self.inference.tile or 0) // self.scale
+        if self.is_large(x_lq):
+            places = itertools.product(plan_tiles(height, tile, 0), plan_tiles(width, tile, 0))
+            parts = [x_lq[..., top : top + tile, left : left + tile] for top, left in places]
+        t_hat = torch.stack([self.timesteps(bicubic_upsample(part, self.scale)) for part in parts]).mean(0)
         if self.captioner is not None:
             texts = self.captioner.to(self.device)(x_lq)
             return Conditions(t_hat, encode_prompts(self.pretrained, texts, self.device, keep=True))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,25 @@ class Toy(RestorationModule):
 def grad(module: nn.Module) -> Tensor | None:
     gradient = next(module.parameters()).grad
     return None if gradient is None else gradient.clone()
+
+
+class KilledError(RuntimeError):
+    """As if the process had died."""
+
+
+class Sharpened(Toy):
+    """A toy that really changes its tiles, by its prompt too, and counts them."""
+
+    tiles, stop_after = 0, None
+
+    def prepare(self, x_lq: Tensor, prompts: list[str]) -> Any:
+        return (torch.tensor([float(len(prompts[0]))]), None)
+
+    def restore(self, x_lq: Tensor, conditions: Any) -> Tensor:
+        if self.tiles == self.stop_after:
+            raise KilledError
+        self.tiles += 1
+        return bicubic_upsample(x_lq + 0.3 * self.net(x_lq), self.scale) + 0.01 * conditions[0]
 
 
 def samples(n: int, size: tuple[int, int] = (8, 8), hq: bool = True, name: str = "img") -> list[dict[str, Any]]:
@@ -373,6 +394,56 @@ class TestImages:
         x = samples(3, (5, 7), hq=False)[1]["lq"][None].float() / 255
         expected = (bicubic_upsample(x, 4)[0] * 255).round().permute(1, 2, 0)
         assert float((got - expected).abs().max()) <= 1
+
+    def test_large_images_come_from_tiles_on_disk_and_are_what_memory_makes(self, trainer: Any, tmp_path: Path) -> None:
+        data = [{"lq": torch.rand(3, 21, 30), "prompt": "", "name": "a", "index": 0}]
+        tiles = {"color_fix": "adain", "tile": 32, "overlap": 8}
+        for kind, settings in {
+            "disk": {"large": 1e-3},
+            "memory": {},
+            "tif": {"large": 1e-3, "file_type": "tif"},
+        }.items():
+            toy = Sharpened(inference=Inference(**tiles, **settings))
+            toy.results_dir = tmp_path / kind
+            trainer().predict(toy, DataLoader(data))
+            assert toy.tiles == 4 * 5
+        (disk,), (memory,), (tif,) = ([*(tmp_path / kind).rglob("*")] for kind in ("disk", "memory", "tif"))
+        assert (disk.name, memory.name, tif.name) == ("a.png", "a.png", "a.tif")
+        pixels = [cv2.imread(str(path)).astype(int) for path in (disk, memory, tif)]
+        assert abs(pixels[0] - pixels[1]).max() <= 1  # sums in another order
+        assert (pixels[0] == pixels[2]).all()
+        assert pixels[0].std() > 10
+
+    def test_a_large_image_goes_on_with_its_tiles_unless_weights_or_prompt_changed(
+        self, trainer: Any, tmp_path: Path
+    ) -> None:
+        data = [{"lq": torch.rand(3, 21, 30), "prompt": "", "name": "a", "index": 0}]
+
+        def predict(stop_after: int | None = None, change: float = 0.0, prompt: str = "") -> int:
+            toy = Sharpened(inference=Inference(color_fix="none", tile=32, overlap=8, large=1e-3))
+            toy.stop_after, toy.results_dir = stop_after, tmp_path
+            with torch.no_grad():
+                toy.net.weight += change
+            data[0]["prompt"] = prompt
+            with pytest.raises(KilledError) if stop_after else nullcontext():
+                trainer().predict(toy, DataLoader(data))
+            return toy.tiles
+
+        assert predict(stop_after=7) == 7
+        assert not (tmp_path / "a.png").exists()
+        assert predict() == 20 - 7
+        assert predict(stop_after=7) == 7
+        assert predict(change=0.1) == 20, "tiles of other weights are thrown away"
+        assert predict(stop_after=7) == 7
+        assert predict(prompt="a cat") == 20, "and tiles of another condition"
+        assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+    def test_an_image_is_large_by_its_output_and_only_where_there_are_tiles(self) -> None:
+        x = torch.empty(1, 3, 250, 500)  # 2 megapixels at x4
+        assert not Toy(inference=Inference(tile=128, large=2.0)).is_large(x)
+        assert Toy(inference=Inference(tile=128, large=1.99)).is_large(x)
+        assert not Toy(inference=Inference(tile=None, large=0.1)).is_large(x)
+        assert not Toy(inference=Inference(tile=128, large=None)).is_large(x)
 
     def test_a_full_disk_is_said_with_the_file_and_leaves_no_half_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

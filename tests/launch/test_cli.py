@@ -19,7 +19,7 @@ from launch import lightning_cli
 from launch.callbacks import RunInfo
 from launch.cli import main
 from launch.errors import plain
-from launch.lightning_cli import IsrCLI, SaveConfig, config_run_name, last_run, paper_of, run_folder_of
+from launch.lightning_cli import IsrCLI, SaveConfig, config_run_name, last_run, paper_of, run_folder_of, run_name_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "papers/dfosd/configs/demo/01_dfosd.yaml"
@@ -132,6 +132,13 @@ class TestRunFolder:
         assert paper_of("papers.a.module.B") == "a"
         assert config_run_name(Path("papers/a/configs/demo/03_long_name.yaml")) == "demo-long_name"
         assert config_run_name(Path("papers/a/configs/sd21.yaml")) == "sd21"
+        (tmp_path / "photos.yaml").write_text("data: {class_path: data.SRData}")
+        (tmp_path / "method.yaml").write_text("model: {class_path: papers.dfosd.DFOSD}")
+        (tmp_path / "overlay.yaml").write_text("model: {init_args: {seed: 1}}")
+        files = [tmp_path / f"{name}.yaml" for name in ("photos", "method", "overlay")]
+        assert run_name_of(files) == "method", "data may come first"
+        assert run_name_of(files[:1]) == "photos"
+        assert run_name_of([]) == "default"
         assert run_folder_of("r/a/n/version_3/checkpoints/last.ckpt") == Path("r/a/n/version_3").absolute()
         assert run_folder_of("elsewhere/last.ckpt") is None
 

@@ -296,6 +296,23 @@ class TestInference:
         for call in tape.calls["encoder"]:
             torch.testing.assert_close(call.args[1], t_hat)
 
+    def test_the_estimator_sees_a_large_image_by_tiles_and_never_whole(
+        self, sd: str, stage1: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x_lq = torch.rand(1, 3, 20, 36, generator=torch.Generator().manual_seed(0))
+        x_lq[..., :16] *= 0.2
+        whole = configured(sd, estimator=stage1, inference=Inference(tile=64, overlap=16))
+        large = configured(sd, estimator=stage1, inference=Inference(tile=64, overlap=16, large=0.01))
+        seen: list[tuple[int, ...]] = []
+        timesteps = large.timesteps
+        monkeypatch.setattr(large, "timesteps", lambda x: seen.append(tuple(x.shape[-2:])) or timesteps(x))
+        t_hat = large.prepare(x_lq, [""]).t_hat
+        assert seen == [(64, 64)] * 6
+        parts = [x_lq[..., top : top + 16, left : left + 16] for top in (0, 4) for left in (0, 16, 20)]
+        by_hand = torch.stack([read_t(stage1)(upsampled(part)) for part in parts]).mean(0)
+        assert torch.allclose(t_hat, by_hand, atol=1e-3)
+        assert not torch.allclose(t_hat, whole.prepare(x_lq, [""]).t_hat, atol=1e-2)
+
     def test_given_timesteps_reach_the_encoder_as_they_are_and_the_denoiser_rounded(
         self, sd: str, stage1: str, batch: Batch
     ) -> None:
