@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.foundation.muon import Muon
+from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
 from common.pretrained import load_vae
 
@@ -53,6 +53,8 @@ class TinyAutoencoder(LightningModule):
         optimizer: `muon` learns in a third of `adamw`'s steps, see README.
         start: Diffusers folder whose `vae` subfolder to start from; its architecture then counts.
         decoder_only: Freeze the encoder, so that what was trained in its latent space stays valid.
+        latent_noise: Up to how much Gaussian noise each sample's latent gets in training, in standard deviations of its
+            channels (uniform from 0). It teaches encoder and decoder a code in which a denoiser's errors stay small.
     """
 
     def __init__(
@@ -68,11 +70,12 @@ class TinyAutoencoder(LightningModule):
         optimizer: Literal["adamw", "muon"] = "adamw",
         start: str | None = None,
         decoder_only: bool = False,
+        latent_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr, self.kl_weight, self.pooled_weight, self.clip = lr, kl_weight, pooled_weight, clip
-        self.decoder_only, self.tail, self.optimizer = decoder_only, tail, optimizer
+        self.decoder_only, self.tail, self.optimizer, self.latent_noise = decoder_only, tail, optimizer, latent_noise
         vae = load_vae(start, trainable=True) if start else self._new_vae(channels, latent_channels)
         self.vae: AutoencoderKL = vae.to(memory_format=torch.channels_last)
         for part in (vae.encoder, vae.quant_conv) if decoder_only else ():
@@ -96,10 +99,13 @@ class TinyAutoencoder(LightningModule):
         )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Reconstruct a sample of the posterior."""
+        """Reconstruct a sample of the posterior, with `latent_noise` upon it."""
         x = (batch["hq"] * 2 - 1).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
-        x_hat = self.vae.decode(posterior.sample()).sample
+        z = posterior.sample()
+        strength = self.latent_noise * torch.rand(len(z), 1, 1, 1, device=z.device)
+        z = z + strength * z.detach().std((0, 2, 3), keepdim=True) * torch.randn_like(z)
+        x_hat = self.vae.decode(z).sample
         reconstruction = reconstruction_loss(x_hat, x, self.pooled_weight)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         self.log_dict({"train/reconstruction": reconstruction, "train/kl": kl}, prog_bar=True)
@@ -125,11 +131,7 @@ class TinyAutoencoder(LightningModule):
     def configure_optimizers(self) -> Any:
         """Constant, then annealed."""
         parameters = [p for p in self.vae.parameters() if p.requires_grad]
-        optimizer = (
-            Muon(parameters, lr=self.lr)
-            if self.optimizer == "muon"
-            else torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        )
+        optimizer = muon_or_adamw(self.optimizer, parameters, self.lr)
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:

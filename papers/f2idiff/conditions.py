@@ -1,0 +1,70 @@
+"""What the U-Net is told of an image: its DINOv2 features (F2IDiff) or a text (T2IDiff), and the null condition."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.conditioning.captions import Captioner
+from common.conditioning.features import DinoFeatures, Tokens
+from common.conditioning.text import encode_prompts
+
+Kind = Literal["features", "text"]
+Null = Literal["zeros", "learned"]
+
+
+class FeatureCondition(nn.Module):
+    """Tokens of a frozen DINOv2; none are projected, masked or given positions on their way to cross-attention.
+
+    Args:
+        pretrained: DINOv2, see `DinoFeatures`.
+        tokens: `all`, `patch` or `cls`.
+        size: Pixels of the shorter side at DINOv2's input; null for the image's own.
+        null: The null condition: `zeros`, or one `learned` token in every place.
+    """
+
+    def __init__(self, pretrained: str, tokens: Tokens = "all", size: int | None = None, null: Null = "zeros") -> None:
+        super().__init__()
+        self.features = DinoFeatures(pretrained, tokens, size)
+        self.null_token = nn.Parameter(torch.zeros(1, 1, self.features.width)) if null == "learned" else None
+
+    def forward(self, x_01: Tensor, prompts: list[str]) -> Tensor:
+        """Condition of images (B,3,H,W) in [0,1], (B,N,D), fp32, without a graph; prompts are not looked at."""
+        return self.features(x_01)
+
+    def null(self, c: Tensor) -> Tensor:
+        """The null condition, of the shape of `c`."""
+        return DinoFeatures.null_features(c) if self.null_token is None else self.null_token.expand_as(c)
+
+
+class TextCondition(nn.Module):
+    """Embeddings of prompts by a frozen text encoder.
+
+    Args:
+        pretrained: Where tokenizer and text encoder come from, see `common.pretrained`.
+        captioner: Image-to-text model that writes the prompts where none are given, see `Captioner`.
+    """
+
+    def __init__(self, pretrained: str, captioner: str | None = None) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.captioner = Captioner(captioner) if captioner is not None else None
+
+    def forward(self, x_01: Tensor, prompts: list[str]) -> Tensor:
+        """Condition of images (B,3,H,W) in [0,1], (B,N,D), fp32, without a graph; no prompts: the captioner's."""
+        texts = prompts if prompts or self.captioner is None else self.captioner.to(x_01.device)(x_01)
+        return encode_prompts(self.pretrained, texts, x_01.device, keep=True)
+
+    def null(self, c: Tensor) -> Tensor:
+        """The empty prompt, of the shape of `c`."""
+        return encode_prompts(self.pretrained, [""], c.device, keep=True).expand_as(c)
+
+
+Condition = FeatureCondition | TextCondition
+
+
+def drop(c: Tensor, null: Tensor, draw: Tensor, rate: float) -> Tensor:
+    """Condition dropout: the null condition for samples whose draw from U[0,1) is below the rate; (B,N,D)."""
+    return torch.where((draw < rate).view(-1, 1, 1), null.to(c), c)

