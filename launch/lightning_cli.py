@@ -90,7 +90,10 @@ class IsrCLI(LightningCLI):
             help="Folder of all runs. A model's setting runs/PAPER/NAME means that run's newest checkpoint.",
         )
         parser.add_argument(
-            "--name", type=str | None, default=None, help="Name of the run; default: the file name of the first config with a model."
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the run; default: the file name of the first config with a model.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         # a version counter would write last-v1.ckpt beside the old last.ckpt when a run goes on in its folder
