@@ -278,6 +278,24 @@ def gains_table(scores: Scores, dataset: str, metric: str, baselines: Sequence[s
     return _table(["method", *(f"over {baseline}" for baseline in baselines)], rows)
 
 
+def pairs_table(scores: Scores, dataset: str) -> str:
+    """Markdown table of the paired differences between two methods `paper/name` of one paper; empty if there are none.
+
+    The first in order over each later one; a method without its colour fix does not count as one.
+    """
+    papers: dict[str, list[str]] = {}
+    for method in scores.methods:
+        paper, slash, _ = method.partition("/")
+        if slash and not method.endswith("(raw)") and scores.images(dataset, method):
+            papers.setdefault(paper, []).append(method)
+    rows = [
+        [f"{first} over {other}", *(_gain_cell(scores.gain(dataset, first, other, m), m) for m in scores.metrics)]
+        for first, *others in papers.values()
+        for other in others
+    ]
+    return _table(["methods of one paper", *scores.metrics], rows) if rows else ""
+
+
 def _digits(metric: str) -> int:
     return 2 if "psnr" in metric else 4  # dB to a hundredth; what lies in [0, 1] finer
 
@@ -355,6 +373,8 @@ def _markdown(
         for metric in scores.metrics:
             if metric in scores.protocols:
                 parts += [f"### {dataset}: gain in {metric}", gains_table(scores, dataset, metric, baselines)]
+        if pairs := pairs_table(scores, dataset):
+            parts += [f"### {dataset}: gains within a paper", pairs]
     parts += [
         "## How to read the gains",
         "A gain is the mean of the differences image by image, method minus baseline, over the images both have. In "

@@ -14,6 +14,7 @@ from launch.report import (
     draw_grid,
     gains_table,
     means_table,
+    pairs_table,
     read_scores,
     spread,
     write_report,
@@ -133,6 +134,25 @@ def test_tables_hold_the_means_and_gains():
     gains = gains_table(scores, "photos", "psnr_y", BASELINES).splitlines()[2:]
     assert gains[0] == "| bicubic | - | -0.50 [-0.50, -0.50] |"
     assert gains[2] == "| net | +1.00 [+1.00, +1.00] | +0.50 [+0.50, +0.50] |"
+
+
+def test_two_methods_of_one_paper_are_compared_image_by_image(tmp_path):
+    names = NAMES[:3]
+    values = {
+        "bicubic": dict.fromkeys(names, 24.0),
+        BLUR: dict.fromkeys(names, 24.0),
+        "a/one": dict(zip(names, (25.0, 27.0, 29.0), strict=True)),
+        "a/one (raw)": dict.fromkeys(names, 1.0),
+        "a/two": dict(zip(names, (24.5, 26.5, 28.5), strict=True)),
+        "b/three": dict.fromkeys(names, 20.0),
+    }
+    scores = Scores(_scores(values))
+    expected = ["| methods of one paper | psnr_y |", "| --- | ---: |", "| a/one over a/two | +0.50 [+0.50, +0.50] |"]
+    assert pairs_table(scores, "photos").splitlines() == expected
+    assert "\n".join(expected) in write_report(tmp_path, scores, BASELINES, _pictures()).read_text()
+    single = Scores(_scores({name: value for name, value in values.items() if name != "a/two"}))
+    assert pairs_table(single, "photos") == ""
+    assert "within a paper" not in write_report(tmp_path, single, BASELINES, _pictures()).read_text()
 
 
 def test_summary_holds_means_counts_and_gains_over_bicubic(tmp_path):
