@@ -12,6 +12,8 @@ from common.losses.adversarial import discriminator_loss, generator_loss
 from common.losses.checks import check_range_01
 from common.losses.distribution_matching import distribution_matching_gradient, noise_gradient, score_surrogate
 from common.losses.dists import DISTS, EADISTS, sobel_magnitude
+from common.losses.dwt import dwt_low, dwt_low_loss
+from common.losses.gram import GramKL, gram_distances
 from common.losses.latent_lpips import LatentLPIPS
 from common.losses.lpips import EALPIPS, LPIPS
 from common.losses.pixel import l1, mse
@@ -23,13 +25,17 @@ __all__ = [
     "EADISTS",
     "EALPIPS",
     "LPIPS",
+    "GramKL",
     "LatentLPIPS",
     "VGGTrunk",
     "build_image_loss",
     "check_range_01",
     "discriminator_loss",
     "distribution_matching_gradient",
+    "dwt_low",
+    "dwt_low_loss",
     "generator_loss",
+    "gram_distances",
     "l1",
     "mse",
     "noise_gradient",
