@@ -179,7 +179,7 @@ def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -
         MetricUnavailableError: pyiqa is not installed, or the metric's imports or weights cannot be had.
     """
     device = torch.device(device)
-    with _own_random_state(device):
+    with own_random_state(device):
         try:
             import pyiqa  # takes 5 s and is an extra
             from pyiqa.default_model_configs import DEFAULT_CONFIGS
@@ -214,12 +214,12 @@ def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -
 
 def _run_pyiqa(model: Callable[..., Tensor], device: torch.device, sr: Image, hq: Image | None) -> float:
     images = [torch.from_numpy(x).permute(2, 0, 1)[None].to(device).float() / 255 for x in (sr, hq) if x is not None]
-    with _own_random_state(device), torch.no_grad():
+    with own_random_state(device), torch.no_grad():
         return float(model(*images))
 
 
 @contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
+def own_random_state(device: torch.device) -> Iterator[None]:
     """Run under seed 0 and put Python's, numpy's and torch's random states (CPU, `device`) back afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,0 +1,103 @@
+"""What every image reward is: a frozen network or formula that gives each image one number, higher for better."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.losses.checks import check_range_01
+
+
+class Reward(nn.Module, ABC):
+    """A score of images, higher for better, called as `reward(x_01, prompts)`.
+
+    Always in eval mode, without trainable parameters, and computed in fp32 (or float64, for such images or weights)
+    whatever autocast says outside. The gradient reaches `x_01` where `differentiable`; elsewhere the score has none.
+
+    A subclass writes `_score` and ends its `__init__` with `requires_grad_(False).train(False)` if it has weights.
+    """
+
+    name: str
+    """What tables and logs call it."""
+    differentiable: bool
+    """Whether the score has a gradient in the image."""
+    prompted: ClassVar[bool] = False
+    """Whether the score depends on the prompts; the others look at none."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode whatever the module around it does."""
+        return super().train(False)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Fetch now what the first call would fetch, so that a run fails before it starts.
+
+        Args:
+            device: Where the images of that call will be.
+
+        Raises:
+            FileNotFoundError: A vocabulary is not there and cannot be fetched.
+            MetricUnavailableError: pyiqa or its weights cannot be had.
+        """
+
+    def forward(self, x_01: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images.
+
+        Args:
+            x_01: Images, (B, 3, H, W), RGB in [0, 1], of any floating type; clamped to that range, so pixels outside
+                get no gradient.
+            prompts: What each shows, B strings; rewards that are not `prompted` do not read them.
+
+        Returns:
+            Raw score per image, (B,), fp32 (float64 for float64 images where there are no fp32 weights).
+
+        Raises:
+            ValueError: `x_01` is no batch of images, the prompts are not B, or the module was cast to 16 bits.
+        """
+        x = self._images(x_01)
+        if isinstance(prompts, str) or len(prompts) != len(x):
+            found = "one string" if isinstance(prompts, str) else f"{len(prompts)} strings"
+            raise ValueError(f"prompts is {found} for {len(x)} images; pass one string per image.")
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable),
+        ):
+            return self._score(x, prompts)
+
+    @abstractmethod
+    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score clamped images in `_images`' type, outside autocast; (B, 3, H, W) and B strings in, (B,) out."""
+
+    def _images(self, x_01: Tensor) -> Tensor:
+        """Check images, cast them to the type to compute in and clamp them to [0, 1]."""
+        if x_01.ndim != 4 or x_01.shape[1] != 3 or not x_01.is_floating_point():
+            raise ValueError(
+                f"x_01 is {x_01.dtype} of shape {tuple(x_01.shape)}; pass floating (B, 3, H, W) in [0, 1]."
+            )
+        if os.environ.get("ISR_DEBUG") == "1":
+            check_range_01(x_01, "x_01")
+        weight = next(self.parameters(), None)
+        if weight is not None and weight.dtype.itemsize < 4:
+            raise ValueError(
+                f"reward {self.name!r} was cast to {weight.dtype}; train with precision 'bf16-mixed' or '32'."
+            )
+        dtype = weight.dtype if weight is not None else torch.promote_types(x_01.dtype, torch.float32)
+        return x_01.to(dtype).clamp(0, 1)
+
+
+def reward_loss(score: Tensor, hinge: float = 2.0) -> Tensor:
+    """Turn scores into losses, relu(hinge - r), as ReFL (arXiv:2304.05977) does: nothing is gained beyond `hinge`.
+
+    Args:
+        score: Raw scores r, (B,), higher for better.
+        hinge: Score from which on the loss and its gradient are 0; scores within [0, 1] never reach ReFL's 2.
+
+    Returns:
+        Loss per image, (B,).
+    """
+    return F.relu(hinge - score)
