@@ -44,11 +44,21 @@ class TextCondition(nn.Module):
 
     Args:
         pretrained: Where tokenizer and text encoder come from, see `common.pretrained`.
+        width: What the U-Net's cross-attention takes.
         captioner: Image-to-text model that writes the prompts where none are given, see `Captioner`.
+
+    Raises:
+        ValueError: The embeddings have another width.
     """
 
-    def __init__(self, pretrained: str, captioner: str | None = None) -> None:
+    def __init__(self, pretrained: str, width: int, captioner: str | None = None) -> None:
         super().__init__()
+        found = encode_prompts(pretrained, [""], keep=True).shape[-1]
+        if found != width:
+            raise ValueError(
+                f"text_encoder={pretrained} makes embeddings {found} wide, the U-Net's cross-attention takes {width}; "
+                "give the text encoder that the U-Net was trained with"
+            )
         self.pretrained = pretrained
         self.captioner = Captioner(captioner) if captioner is not None else None
 

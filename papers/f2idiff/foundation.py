@@ -112,7 +112,7 @@ class Foundation(TrainingModule):
         self.condition: Condition = (
             FeatureCondition(self.features, self.feature_tokens, self.feature_size, self.null_kind)
             if self.kind == "features"
-            else TextCondition(self.text_encoder)
+            else TextCondition(self.text_encoder, unet.config.cross_attention_dim)
         )
         self.denoiser = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
 

@@ -34,7 +34,7 @@ from common.pretrained import (
 )
 from common.restoration import Inference, RestorationModule
 from common.training import Batch
-from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, TextCondition
+from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, TextCondition, drop
 from papers.f2idiff.foundation import Opened, open_foundation
 
 UPSAMPLING = ("nearest", "bilinear", "bicubic")
@@ -67,6 +67,7 @@ class F2IDiffSR(RestorationModule):
         feature_source: In training, features of the low-quality (`lr`) or high-quality image (`hr`); at test always
             the former.
         text_encoder: Where the text encoder comes from; null for `pretrained`.
+        condition_dropout: Share of training samples that see the null condition.
         captioner: Image-to-text model (hub id or folder) that writes each tile's text at test time in the place of the
             data's prompts.
         timestep: T, at which the low-quality latent is taken for a noisy one.
@@ -117,6 +118,7 @@ class F2IDiffSR(RestorationModule):
         feature_size: int | None = None,
         feature_source: Literal["lr", "hr"] = "lr",
         text_encoder: str | None = None,
+        condition_dropout: float = 0.0,
         captioner: str | None = None,
         timestep: int = 999,
         lora_rank: int = 4,
@@ -149,7 +151,7 @@ class F2IDiffSR(RestorationModule):
         self.architecture, self.kind = architecture, condition
         self.features, self.feature_tokens, self.feature_size = features, feature_tokens, feature_size
         self.feature_source, self.text_encoder = feature_source, text_encoder or pretrained
-        self.captioner, self.timestep = captioner, timestep
+        self.condition_dropout, self.captioner, self.timestep = condition_dropout, captioner, timestep
         self.lora_rank, self.lora_alpha, self.train_conv_in = lora_rank, lora_alpha, train_conv_in
         self.train_upsample = train_upsample
         self.lambda_mse, self.lambda_perceptual = lambda_mse, lambda_perceptual
@@ -206,7 +208,7 @@ class F2IDiffSR(RestorationModule):
     def _configure_condition(self, null_token: Tensor | None, width: int) -> None:
         self.condition: Condition
         if self.kind == "text":
-            self.condition = TextCondition(self.text_encoder, self.captioner)
+            self.condition = TextCondition(self.text_encoder, width, self.captioner)
             return
         null: Literal["zeros", "learned"] = "zeros" if null_token is None else "learned"
         self.condition = FeatureCondition(self.features, self.feature_tokens, self.feature_size, null)
@@ -289,6 +291,7 @@ class F2IDiffSR(RestorationModule):
         x, draws = batch["hq"], self.draws(batch)
         x_up = self.enlarge(batch["lq"], draws)
         c = self.condition(x_up if self.feature_source == "lr" else x, batch["prompt"])
+        c = drop(c, self.condition.null(c), draws.uniform("condition"), self.condition_dropout)
         with self.turn("generator") as update:
             z_hat, x_hat = self.generate(x_up, c)
             loss = self.data_loss(x_hat, x)

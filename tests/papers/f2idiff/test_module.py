@@ -370,6 +370,21 @@ class TestCalls:
         assert_close(run.tape.calls["dino"][1].args[0], upsampled(low(batch)))
         assert len(run.tape.calls["dino"]) == 2
 
+    def test_dropped_samples_see_the_null_condition_in_all_networks_and_at_test_none_is(
+        self, make: Make, dino: str, batch: Batch
+    ) -> None:
+        model = make(condition_dropout=0.5)
+        chances = torch.tensor([0.49, 0.5])  # the first is below the rate
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Spy, "uniform", lambda self, stream: chances, raising=False)
+            run = train(model, batch)
+        f = tokens(dino, upsampled(low(batch)))
+        for call in (run.tape.calls["unet"][0], run.tape.calls["prior"][-1]):
+            assert call.args[2][0].abs().max() == 0
+            assert_close(call.args[2][1], f[1])
+        model.upscale(low(batch), batch["prompt"])
+        assert_close(run.tape.calls["unet"][-1].args[2], f)
+
 
 class TestLosses:
     @pytest.mark.parametrize("weights", [(1.0, 2.0, 1.0), (0.5, 3.0, 0.25), (0.0, 0.0, 2.0)])
@@ -669,3 +684,7 @@ class TestErrors:
         other = make_dino(24)
         with pytest.raises(ValueError, match=rf"features={other} are 24 wide, .* takes 16; give the DINOv2"):
             make(features=other)
+
+    def test_a_text_encoder_of_another_width(self, make: Make) -> None:
+        with pytest.raises(ValueError, match=r"text_encoder=tiny makes embeddings 32 wide, .* takes 16; give the text"):
+            make(condition="text", text_encoder="tiny")
