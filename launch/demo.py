@@ -281,6 +281,7 @@ def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_ste
         *(f"The row {o.row.label} is left out, it failed in {o.failure}" for o in outcomes if o.failure),
         _NOTE,
         *_random_parts(done),
+        *_toy_conditions(done),
         f"The blurs were chosen on {len(choice)} crops of the validation photos, among {tried}: {chosen}.",
     ]
     path = report.write_report(
@@ -353,6 +354,24 @@ def _random_parts(outcomes: Sequence[Outcome]) -> list[str]:
         for setting in _random_settings(config["model"], "model"):
             rows.setdefault(setting, []).append(outcome.row.label)
     return [f"Random weights instead of trained ones: {setting} ({', '.join(rows[setting])})." for setting in rows]
+
+
+def _toy_conditions(outcomes: Sequence[Outcome]) -> list[str]:
+    """A sentence for each condition of the embedded foundation that rows use, from the runs' saved configurations."""
+    import yaml
+
+    rows: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        config = yaml.safe_load((outcome.folder / "config.yaml").read_text())
+        settings = config["model"].get("init_args", {})
+        if settings.get("condition") == "features" and settings.get("features") == "tiny":
+            toy = "image features come from a two-layer ViT with random weights"
+        elif settings.get("pretrained") == "tiny":
+            toy = "texts go through an encoder that has read seventeen captions"
+        else:
+            continue
+        rows.setdefault(toy, []).append(outcome.row.label)
+    return [f"Toy condition: {toy} ({', '.join(rows[toy])})." for toy in rows]
 
 
 def _random_settings(tree: Mapping[str, Any], prefix: str) -> list[str]:

@@ -64,6 +64,8 @@ class Lightning:
             steps = next((int(a.partition("=")[2]) for a in args if a.startswith("--trainer.max_steps=")), 200)
             torch.save({"state_dict": {}, "global_step": steps}, run / "checkpoints" / "last.ckpt")
             init_args = {"lpips": {"weights": "random", "width": 0.25}, "pretrained": "tiny"}
+            if name == "demo-late":
+                init_args |= {"condition": "features", "features": "tiny"}
             config = {"model": {"class_path": "x.X", "init_args": init_args}}
             (run / "config.yaml").write_text(yaml.safe_dump(config))
             return 0
@@ -143,6 +145,8 @@ def test_the_demo_fits_and_tests_every_row_and_reports(lightning, names, tmp_pat
     text = (runs / "demo" / "report" / "report.md").read_text()
     assert "200 train steps" in text
     assert "model.lpips.weights=random, width 0.25 (a_sr/only, b_sr/soon, b_sr/late)" in text
+    assert "Toy condition: texts go through an encoder that has read seventeen captions (a_sr/only, b_sr/soon)." in text
+    assert "Toy condition: image features come from a two-layer ViT with random weights (b_sr/late)." in text
     assert "quick look" not in text
     said = capsys.readouterr().out
     for line in ("demo: row 2 of 3: b_sr/soon", f"tensorboard --logdir {runs}", "| b_sr/late | 21 | 40.00 |", "set-up"):
