@@ -608,8 +608,8 @@ class TestTiles:
             asked.append(list(prompts))
             return encode_prompts(pretrained, prompts, *args, **kwargs)
 
-        monkeypatch.setattr(conditions, "encode_prompts", encode)
         model, tape = make(condition="text", inference=TILES, lambda_vsd=0.0), Tape()
+        monkeypatch.setattr(conditions, "encode_prompts", encode)
         tape.attach(model)
         model.upscale(photo, ["a house"])
         assert asked == [["a house"]]
