@@ -107,6 +107,7 @@ class RestorationModule(TrainingModule):
             raise ValueError(
                 f"inference.tile={tile} and overlap={overlap} must be multiples of {scale}, overlap < tile"
             )
+        self.skip_existing, self.skipped = False, 0  # predicted images whose file is there
         self._scores: list[Score] = []
         self._previews: dict[str, list[Tensor]] = defaultdict(list)
         self._metrics: dict[str, MetricProtocol | str] = {}
@@ -198,11 +199,22 @@ class RestorationModule(TrainingModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Upscale a batch to files named after the inputs; nothing is kept in memory."""
         folder = self.results_dir or self._results() / "predict"
+        targets = [folder / f"{name}.{self.inference.file_type}" for name in batch["name"]]
+        if self.skip_existing and all(target.is_file() for target in targets):
+            self.skipped += len(targets)
+            return
         if not self.is_large(batch["lq"]):
             self._write(folder, batch["name"], self.upscale(batch["lq"], batch["prompt"]).sr, self.inference.file_type)
             return
-        for x_lq, prompt, name in zip(batch["lq"].split(1), batch["prompt"], batch["name"], strict=True):
-            self._upscale_to(folder / f"{name}.{self.inference.file_type}", x_lq, prompt)
+        for x_lq, prompt, target in zip(batch["lq"].split(1), batch["prompt"], targets, strict=True):
+            self._upscale_to(target, x_lq, prompt)
+
+    def on_predict_epoch_end(self) -> None:
+        """Say what was skipped, then take the averages out."""
+        if self.skipped:
+            log.warning("%d images were there already and are left as they are", self.skipped)
+        self.skipped = 0
+        super().on_predict_epoch_end()
 
     def is_large(self, x_lq: Tensor) -> bool:
         """Whether images (B,3,h,w) of this size are made tile by tile on disk when they are predicted."""

@@ -113,6 +113,12 @@ class IsrCLI(LightningCLI):
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
             parser.add_argument("--output", type=str | None, default=None, help="Folder of the upscaled images.")
+            parser.add_argument(
+                "--skip_existing",
+                type=bool,
+                default=False,
+                help="Leave images of OUTPUT as they are, e.g. to go on after a kill; whatever made them.",
+            )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -166,6 +172,10 @@ class IsrCLI(LightningCLI):
             trainer.callbacks.append(InitFrom(config.init_from))  # type: ignore[attr-defined]  # Lightning's mixin
         if config.get("output"):
             self.model.results_dir = Path(config.output)
+        if config.get("skip_existing"):
+            if not config.get("output"):
+                raise UsageError("skip_existing=true needs the folder of the images that are there; set --output")
+            self.model.skip_existing = True
         return trainer
 
     def _run_logger(self, config: Any) -> TensorBoardLogger:

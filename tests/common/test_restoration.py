@@ -438,6 +438,21 @@ class TestImages:
         assert predict(prompt="a cat") == 20, "and tiles of another condition"
         assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
+    def test_images_that_are_there_are_left_alone_where_that_is_asked_for(
+        self, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "photo.x1.png").write_bytes(b"somebody's")
+        toy = Sharpened()
+        toy.results_dir, toy.skip_existing = tmp_path, True
+        trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
+        assert toy.tiles == 2
+        assert (tmp_path / "sub" / "photo.x1.png").read_bytes() == b"somebody's"
+        assert "1 images were there already" in caplog.text
+        toy.skip_existing = False
+        trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
+        assert toy.tiles == 2 + 3
+
     def test_an_image_is_large_by_its_output_and_only_where_there_are_tiles(self) -> None:
         x = torch.empty(1, 3, 250, 500)  # 2 megapixels at x4
         assert not Toy(inference=Inference(tile=128, large=2.0)).is_large(x)

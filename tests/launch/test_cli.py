@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,14 @@ class TestRunFolder:
     def test_a_tests_folder_is_the_checkpoints(self, isr: Any, trained: Path) -> None:
         cli = isr("test", "-c", DEMO, "--ckpt_path", trained, made=NotRun)
         assert Path(cli.trainer.log_dir) == trained.parents[1]
+
+    def test_predict_skips_what_is_there_only_where_it_is_told_to_and_where(
+        self, isr: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert not isr("predict", "-c", DEMO, "--output", tmp_path, made=NotRun).model.skip_existing
+        assert isr("predict", "-c", DEMO, "--output", tmp_path, "--skip_existing=true", made=NotRun).model.skip_existing
+        assert main(["predict", "-c", str(DEMO), "--skip_existing=true", "--runs", str(tmp_path)]) == 2
+        assert re.search(r"skip_existing=true needs .*; set --output", capsys.readouterr().err)
 
     def test_names_come_from_class_and_file(self, tmp_path: Path) -> None:
         assert paper_of("papers.a.B") == "a"
