@@ -72,6 +72,14 @@ class Outcome:
             raise RuntimeError(f"{self.row.label} has no run folder: {self.failure}")
         return self.checkpoint.parent.parent
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model's class and settings, from the run's saved configuration."""
+        import yaml
+
+        settings: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text())["model"]
+        return settings
+
     def said(self) -> str:
         """What became of the row, in a line."""
         if self.failure:
@@ -346,24 +354,18 @@ def _figures(outcomes: Sequence[Outcome]) -> list[Any]:
 
 def _random_parts(outcomes: Sequence[Outcome]) -> list[str]:
     """A sentence for each setting by which a row's model has random weights, from the runs' saved configurations."""
-    import yaml
-
     rows: dict[str, list[str]] = {}
     for outcome in outcomes:
-        config = yaml.safe_load((outcome.folder / "config.yaml").read_text())
-        for setting in _random_settings(config["model"], "model"):
+        for setting in _random_settings(outcome.model, "model"):
             rows.setdefault(setting, []).append(outcome.row.label)
     return [f"Random weights instead of trained ones: {setting} ({', '.join(rows[setting])})." for setting in rows]
 
 
 def _toy_conditions(outcomes: Sequence[Outcome]) -> list[str]:
     """A sentence for each condition of the embedded foundation that rows use, from the runs' saved configurations."""
-    import yaml
-
     rows: dict[str, list[str]] = {}
     for outcome in outcomes:
-        config = yaml.safe_load((outcome.folder / "config.yaml").read_text())
-        settings = config["model"].get("init_args", {})
+        settings = outcome.model.get("init_args", {})
         if settings.get("condition") == "features" and settings.get("features") == "tiny":
             toy = "image features come from a two-layer ViT with random weights"
         elif settings.get("pretrained") == "tiny":

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.pretrained import is_architecture_only, load_text_encoder
+from common.parameters import Row, count
+from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
 
 _CACHE_SIZE = 4096  # prompts; 77 x 1024 floats take 0.3 MB each
 _cache: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
@@ -51,6 +52,13 @@ def encode_prompts(
     while len(_cache) > _CACHE_SIZE:
         _cache.popitem(last=False)
     return torch.stack([found[prompt] for prompt in prompts]).to(device)
+
+
+def text_encoder_row(pretrained: str) -> Row:
+    """What `isr parameters` prints of a text encoder, which only makes a condition; counted without its weights."""
+    with architecture_only():
+        total = count(load_text_encoder(pretrained)[1]).total
+    return Row(f"text encoder of {pretrained}", "text", total, 0)
 
 
 def forget_prompts() -> None:

@@ -14,18 +14,16 @@ from torch import Tensor, nn
 
 from common.adapters import OSEDIFF_TARGETS, TIME_TARGETS, add_lora
 from common.autoencoder import ImageCodec
-from common.conditioning.text import LearnedEmbedding, encode_prompts
+from common.conditioning.text import LearnedEmbedding, encode_prompts, text_encoder_row
 from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import build_image_loss, discriminator_loss, generator_loss, mse
-from common.parameters import Row, count
+from common.parameters import Row
 from common.pretrained import (
-    architecture_only,
     is_architecture_only,
     load_schedule_config,
-    load_text_encoder,
     load_unet,
     load_vae,
 )
@@ -226,12 +224,7 @@ class DFOSD(RestorationModule):
             encoders.add(self.pretrained)
         if isinstance(self.discriminator, NoiseAwareDiscriminator) and self.disc_prompt == "empty":
             encoders |= set() if self.discriminator.trunk.is_sdxl else {self.disc_pretrained}
-        rows = super().parameter_rows()
-        with architecture_only():
-            for pretrained in sorted(encoders):
-                total = count(load_text_encoder(pretrained)[1]).total
-                rows.append(Row(f"text encoder of {pretrained}", "text", total, 0))
-        return rows
+        return [*super().parameter_rows(), *map(text_encoder_row, sorted(encoders))]
 
     def parameter_sums(self) -> dict[str, int]:
         """What runs at inference; the paper publishes 966.3 M."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.autoencoder import ImageCodec
 from common.conditioning.captions import Captioner
-from common.conditioning.text import encode_prompts
+from common.conditioning.text import encode_prompts, text_encoder_row
 from common.denoisers.unet import Prediction, UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
@@ -29,12 +29,10 @@ from common.losses import (
     noise_gradient,
     score_surrogate,
 )
-from common.parameters import Row, count
+from common.parameters import Row
 from common.pretrained import (
-    architecture_only,
     is_architecture_only,
     load_schedule_config,
-    load_text_encoder,
     load_unet,
     load_vae,
 )
@@ -242,9 +240,7 @@ class DMSR(RestorationModule):
 
     def parameter_rows(self) -> list[Row]:
         """The networks, and the text encoder that makes the prompt's embedding."""
-        with architecture_only():
-            total = count(load_text_encoder(self.pretrained)[1]).total
-        return [*super().parameter_rows(), Row(f"text encoder of {self.pretrained}", "text", total, 0)]
+        return [*super().parameter_rows(), text_encoder_row(self.pretrained)]
 
     def parameter_sums(self) -> dict[str, int]:
         """What Table 2 counts as trained: the encoder with its embeddings, 34.16 M."""

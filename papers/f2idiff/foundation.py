@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from common.autoencoder import ImageCodec
 from common.checkpoints import check_keys, check_shapes, read_stage, trained_state
 from common.conditioning.features import Tokens
+from common.conditioning.text import text_encoder_row
 from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import to_01, to_pm1, write_png
 from common.metrics import to_uint8
-from common.parameters import Row, count
-from common.pretrained import architecture_only, load_schedule_config, load_text_encoder, load_unet, load_vae
+from common.parameters import Row
+from common.pretrained import load_schedule_config, load_unet, load_vae
 from common.training import Batch, TrainingModule
 from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, Null, TextCondition, drop
 from papers.f2idiff.sampling import sample
@@ -133,12 +134,8 @@ class Foundation(TrainingModule):
 
     def parameter_rows(self) -> list[Row]:
         """The networks, and the text encoder."""
-        rows = super().parameter_rows()
-        if self.kind == "text":
-            with architecture_only():
-                total = count(load_text_encoder(self.text_encoder)[1]).total
-            rows.append(Row(f"text encoder of {self.text_encoder}", "text", total, 0))
-        return rows
+        texts = [text_encoder_row(self.text_encoder)] if self.kind == "text" else []
+        return [*super().parameter_rows(), *texts]
 
     def configure_optimizers(self) -> Any:
         """One."""

@@ -18,17 +18,16 @@ from torch.nn import functional as F
 from common.adapters import OSEDIFF_TARGETS, add_lora, without_adapters
 from common.autoencoder import ImageCodec
 from common.conditioning.features import Tokens
+from common.conditioning.text import text_encoder_row
 from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import build_image_loss, mse, vsd_gradient, vsd_loss
-from common.parameters import Row, count
+from common.parameters import Row
 from common.pretrained import (
-    architecture_only,
     is_architecture_only,
     load_schedule_config,
-    load_text_encoder,
     load_unet,
     load_vae,
 )
@@ -235,12 +234,8 @@ class F2IDiffSR(RestorationModule):
 
     def parameter_rows(self) -> list[Row]:
         """The networks, and the text encoder."""
-        rows = super().parameter_rows()
-        if self.kind == "text":
-            with architecture_only():
-                total = count(load_text_encoder(self.text_encoder)[1]).total
-            rows.append(Row(f"text encoder of {self.text_encoder}", "text", total, 0))
-        return rows
+        texts = [text_encoder_row(self.text_encoder)] if self.kind == "text" else []
+        return [*super().parameter_rows(), *texts]
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
         """What this configuration trains."""

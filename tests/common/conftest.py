@@ -1,21 +1,9 @@
-"""What several tests here need: a machine without network, and an empty Hugging Face cache."""
+"""What several tests here need: an empty Hugging Face cache."""
 
-import socket
-import urllib.request
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """`isr parameters`: the paper's numbers from its configuration, without weights, network, data or memory."""
 
 import json
-import socket
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,7 @@ D3SR = str(ROOT / "papers/dfosd/configs/d3sr.yaml")
 FOUNDATION = ROOT / "common/foundation/configs"
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def by_name(counted: dict[str, Any]) -> dict[str, tuple[str, int, int]]:
