@@ -89,6 +89,16 @@ def add_lora(
     return module
 
 
+def vae_encoder_targets(vae: nn.Module) -> tuple[str, ...]:
+    """What OSEDiff and OMGSR adapt of an `AutoencoderKL`: its encoder's convolutions and attention, and quant_conv.
+
+    By full names: endings would mean the decoder's layers, too. FLUX's VAE has no quant_conv; that target is idle then.
+    """
+    endings = tuple(f".{target}" for target in OSEDIFF_TARGETS)
+    names = (f"encoder.{name}" for name, _ in vae.get_submodule("encoder").named_modules())
+    return (*(name for name in names if name.endswith(endings)), "quant_conv")
+
+
 def adapter_names(module: nn.Module) -> list[str]:
     """Names of a module's adapters, sorted."""
     return sorted({key for layer in _layers(module) for key in layer.lora_A})

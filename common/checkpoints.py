@@ -6,6 +6,7 @@ torch's sense, but stricter in ours: every trainable key must be there and no un
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_PARAMETRISATION = re.compile(r"(\.parametrizations\.\w+)\.\d+$")
 
 
 def matching(module: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -40,7 +43,9 @@ def kept_keys(module: nn.Module, trainable: Iterable[str]) -> set[str]:
     state = module.state_dict(keep_vars=True)
     buffers = {name for name, value in state.items() if not isinstance(value, nn.Parameter)}
     holders = {name.rpartition(".")[0] for name in trainable} | {""}  # "" holds the method's own counters
-    return {name for name in state if name in trainable} | {b for b in buffers if b.rpartition(".")[0] in holders}
+    # spectral normalisation keeps its vectors one level below the weight: conv.parametrizations.weight.0._u
+    held = {b for b in buffers if _PARAMETRISATION.sub(r"\1", b.rpartition(".")[0]) in holders}
+    return {name for name in state if name in trainable} | held
 
 
 def check_keys(expected: set[str], found: set[str], source: str) -> None:

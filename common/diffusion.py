@@ -127,3 +127,23 @@ class NoiseSchedule(nn.Module):
             with torch.inference_mode(False):  # first use may be in validation; training must be able to go on with it
                 self._tables[device, dtype] = torch.from_numpy(both).to(dtype).to(device)
         return self._tables[device, dtype]
+
+
+def flow_noise(z: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
+    """Rectified flow's forward process (arXiv:2209.03003), z_t = (1 - t) z + t eps; t in [0, 1], a number or (B,)."""
+    t = _time(t, z)
+    return (1 - t) * z + t * eps
+
+
+def flow_clean(z_t: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
+    """Where a velocity says the clean latent lies: z = z_t - t v, as v = eps - z."""
+    return z_t - _time(t, z_t) * v
+
+
+def flow_velocity(z_t: Tensor, z: Tensor, t: float | Tensor) -> Tensor:
+    """The velocity by which `flow_clean` gives z: v = (z_t - z) / t, for t > 0."""
+    return (z_t - z) / _time(t, z_t)
+
+
+def _time(t: float | Tensor, like: Tensor) -> float | Tensor:
+    return t.to(like).reshape(-1, *[1] * (like.ndim - 1)) if isinstance(t, Tensor) else t

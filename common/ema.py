@@ -25,12 +25,17 @@ class EMA:
         self.average: dict[str, Tensor] = {}
 
     @torch.no_grad()
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Start the averages at the parameters as they are before any update."""
+        self.average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Move the average towards the parameters; the first call copies them."""
+        """Move the average towards the parameters; without a start the first call copies them."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
         if not self.average:
-            self.average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+            self.start(parameters)
             return
         for name, parameter in parameters.items():
             # a checkpoint is read before the parameters are brought to their device

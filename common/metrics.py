@@ -138,7 +138,8 @@ def build_metric(metric_id: str, crop: int = 0, device: str | torch.device = "cp
     """Make a metric from its id.
 
     Args:
-        metric_id: "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", or "pyiqa:" and a name pyiqa knows.
+        metric_id: "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", the weightless rewards "sharpness" and "colourfulness"
+            (`common.rewards.weightless`), or "pyiqa:" and a name pyiqa knows.
         crop: Pixels cut from each border before measuring; the default protocol cuts none.
         device: Where pyiqa's networks run; native metrics run on the CPU.
 
@@ -156,8 +157,8 @@ def build_metric(metric_id: str, crop: int = 0, device: str | torch.device = "cp
     if metric_id not in _NATIVE:
         known = ", ".join(_NATIVE)
         raise ValueError(f"metric {metric_id!r} is unknown; use one of {known}, or {_PYIQA}<name> for one of pyiqa's")
-    metric, space, rounding, function = _NATIVE[metric_id]
-    return MetricProtocol(metric_id, metric, space, crop, rounding, "native", False, True, function)
+    metric, space, rounding, needs_hq, function = _NATIVE[metric_id]
+    return MetricProtocol(metric_id, metric, space, crop, rounding, "native", False, needs_hq, function)
 
 
 def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -> MetricProtocol:
@@ -308,10 +309,19 @@ def _window_mean(plane: NDArray[np.float64]) -> NDArray[np.float64]:
     return cv2.sepFilter2D(plane, cv2.CV_64F, kernel, kernel)[radius:-radius, radius:-radius]
 
 
+def _reward(name: str, sr: Image, hq: Image | None) -> float:
+    from common.rewards import build_reward  # which imports this file
+
+    x_01 = torch.from_numpy(sr).permute(2, 0, 1)[None].double() / 255
+    return float(build_reward(name)(x_01, [""]))
+
+
 _EIGHT_BITS = "images rounded to 8 bits"
-_NATIVE: dict[str, tuple[str, str, str, Callable[[Image, Image | None], float]]] = {
-    "psnr_y": ("psnr", "BT.601 Y (16..235)", _EIGHT_BITS, _psnr_y),
-    "ssim_y": ("ssim", "BT.601 Y (16..235)", f"{_EIGHT_BITS}, and Y too", _ssim_y),
-    "psnr_rgb": ("psnr", "RGB (0..255)", _EIGHT_BITS, _psnr_rgb),
-    "ssim_rgb": ("ssim", "RGB (0..255)", _EIGHT_BITS, _ssim_rgb),
+_NATIVE: dict[str, tuple[str, str, str, bool, Callable[[Image, Image | None], float]]] = {
+    "psnr_y": ("psnr", "BT.601 Y (16..235)", _EIGHT_BITS, True, _psnr_y),
+    "ssim_y": ("ssim", "BT.601 Y (16..235)", f"{_EIGHT_BITS}, and Y too", True, _ssim_y),
+    "psnr_rgb": ("psnr", "RGB (0..255)", _EIGHT_BITS, True, _psnr_rgb),
+    "ssim_rgb": ("ssim", "RGB (0..255)", _EIGHT_BITS, True, _ssim_rgb),
+    "sharpness": ("sharpness", "BT.601 luma of RGB in [0, 1]", _EIGHT_BITS, False, partial(_reward, "sharpness")),
+    "colourfulness": ("colourfulness", "RGB in [0, 1]", _EIGHT_BITS, False, partial(_reward, "colourfulness")),
 }

@@ -29,6 +29,8 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from torch import nn
 
+from common.parameters import count
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import PreTrainedModel
@@ -50,6 +52,8 @@ _WEIGHTS = (
 _CONFIGS = ("*.json", "*.txt", "*.model")
 _PROBE_SECONDS = 5.0
 _RANDOM_SEED = 0
+_T5_TOKENS = 512  # what T5 was trained on, and FLUX's tokenizer says
+_LARGE = 10**9  # parameters
 
 _architecture_only: ContextVar[bool] = ContextVar("architecture_only", default=False)
 
@@ -162,7 +166,7 @@ def load_text_encoder(
     pretrained: str,
     subfolder: str = "text_encoder",
     tokenizer_subfolder: str = "tokenizer",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     trainable: bool = False,
 ) -> tuple[Any, "PreTrainedModel"]:
     """Load a tokenizer and its text encoder, of the class that the encoder's config names.
@@ -174,7 +178,7 @@ def load_text_encoder(
         pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
         subfolder: Where in it the text encoder lies.
         tokenizer_subfolder: Where in it the tokenizer lies.
-        dtype: Of the parameters, whatever the file holds.
+        dtype: Of the parameters, whatever the file holds; None for bfloat16 from a billion parameters on, else float32.
         trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
 
     Raises:
@@ -189,7 +193,8 @@ def load_text_encoder(
         folder = _locate(pretrained, tokenizer_subfolder, weights=False).root / tokenizer_subfolder
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     else:
-        tokenizer = transformers.ByT5Tokenizer(model_max_length=model.config.max_position_embeddings)
+        length = getattr(model.config, "max_position_embeddings", _T5_TOKENS)  # T5's positions are relative
+        tokenizer = transformers.ByT5Tokenizer(model_max_length=length)
     return tokenizer, _settle(model, trainable)
 
 
@@ -229,13 +234,17 @@ def load_schedule_config(pretrained: str, expect: str | None = None) -> dict[str
 
 
 def _load_transformers_model(
-    source: _Source, pretrained: str, subfolder: str, dtype: torch.dtype, seed: int = _RANDOM_SEED
+    source: _Source, pretrained: str, subfolder: str, dtype: torch.dtype | None, seed: int = _RANDOM_SEED
 ) -> Any:
     """Load a model of transformers, of the class that its config names; `subfolder` may be empty."""
     import transformers
 
     config = _read_config(source.root, subfolder, pretrained)
     model_class = getattr(transformers, config["architectures"][0])
+    if dtype is None:
+        with torch.device("meta"):
+            size = count(model_class(model_class.config_class.from_dict(config))).total
+        dtype = torch.bfloat16 if size >= _LARGE else torch.float32
     if source.has_weights and not is_architecture_only():
         return _read_weights(
             lambda: model_class.from_pretrained(source.root / subfolder, dtype=dtype, local_files_only=True),

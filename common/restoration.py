@@ -187,14 +187,15 @@ class RestorationModule(TrainingModule):
         if len(previews) < self.inference.preview:
             previews.append(side_by_side(batch, sr, self.scale).cpu())
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch with and without the colour fix and save its images."""
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Score a batch with and without the colour fix, save its images and return them, (B,3,s*h,s*w)."""
         dataset = self._dataset_name("test", dataloader_idx)
         sr, raw = self.upscale(batch["lq"], batch["prompt"])
         self._score(self.run_name, dataset, batch, sr)
         if self.inference.color_fix != "none":
             self._score(f"{self.run_name} (raw)", dataset, batch, raw)
         self._write(self._results() / "test" / dataset, batch["name"], sr)
+        return sr
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Upscale a batch to files named after the inputs; nothing is kept in memory."""

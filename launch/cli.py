@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("launch.lightning_cli", "upscale a folder of images: --data.predict DIR [--output DIR]"),
     "parameters": ("launch.parameters", "count a configuration's parameters, network by network, without weights"),
     "caption": ("launch.caption", "caption the patches of photos for training: isr caption DIR -o captions.parquet"),
+    "export": ("launch.export", "write a trained model as a diffusers folder: isr export RUN -o DIR"),
     "demo": ("launch.demo", "train and test every demo configuration on embedded photos, write the report"),
     "foundation": ("launch.foundation", "train the embedded tiny foundation again (an hour or two)"),
 }

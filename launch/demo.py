@@ -44,6 +44,14 @@ class Row:
         return issubclass(getattr(importlib.import_module(module), name), RestorationModule)
 
     @property
+    def trains(self) -> bool:
+        """Whether there is anything to fit; a row of `max_steps: 0` is tested as its configuration has it."""
+        import yaml
+
+        steps = (yaml.safe_load(self.config.read_text()).get("trainer") or {}).get("max_steps")
+        return bool(steps != 0)
+
+    @property
     def label(self) -> str:
         """How the row is called in the report."""
         return f"{self.paper}/{self.name}"
@@ -56,9 +64,10 @@ class Row:
 
 @dataclass
 class Outcome:
-    """What became of a row; `failure` says what failed, `checkpoint` is there once the fit is done."""
+    """What became of a row; `failure` says what failed, `run` and `checkpoint` are there once the fit is done."""
 
     row: Row
+    run: Path | None = None
     checkpoint: Path | None = None
     steps: int = 0
     fit_seconds: float = 0.0
@@ -68,9 +77,9 @@ class Outcome:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        if self.checkpoint is None:
+        if self.run is None:
             raise RuntimeError(f"{self.row.label} has no run folder: {self.failure}")
-        return self.checkpoint.parent.parent
+        return self.run
 
     @property
     def model(self) -> dict[str, Any]:
@@ -89,7 +98,9 @@ class Outcome:
     def again(self) -> str:
         """Arguments of `isr` that repeat what failed."""
         config = f"-c {_shown(self.row.config)}"
-        return f"test {config} --ckpt_path {self.checkpoint}" if self.checkpoint else f"fit {config}"
+        if self.checkpoint is not None:
+            return f"test {config} --ckpt_path {self.checkpoint}"
+        return f"fit {config}" if self.row.trains else f"test {config}"
 
     def source(self) -> str:
         """A line for the report: where the row comes from."""
@@ -223,6 +234,8 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
     from launch.lightning_cli import last_run
     from launch.lightning_cli import run as lightning
 
+    if not row.trains:
+        return _test_as_it_is(row, runs)
     outcome, stage, start = Outcome(row), "fit", time.perf_counter()
     common = ["-c", str(row.config), "--runs", str(runs)]
     quick = [f"--trainer.max_steps={max_steps}", f"--checkpoint.every_n_train_steps={max_steps}"] if max_steps else []
@@ -236,7 +249,7 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
             )
         checkpoint = folder / "checkpoints" / "last.ckpt"
         outcome.steps = int(read_checkpoint(checkpoint)["global_step"])
-        outcome.checkpoint, outcome.fit_seconds = checkpoint, time.perf_counter() - start
+        outcome.run, outcome.checkpoint, outcome.fit_seconds = folder, checkpoint, time.perf_counter() - start
         stage, start = "test", time.perf_counter()
         _must_succeed(lightning("test", [*common, "--ckpt_path", str(checkpoint)]))
         if row.restores:
@@ -244,6 +257,20 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
     except (Exception, SystemExit) as error:  # the other rows still run, and the report names this one
         outcome.failure = f"{stage}: {_one_line(error)}"
     setattr(outcome, f"{stage}_seconds", time.perf_counter() - start)
+    return outcome
+
+
+def _test_as_it_is(row: Row, runs: Path) -> Outcome:
+    from launch.lightning_cli import run as lightning
+
+    outcome, start, before = Outcome(row), time.perf_counter(), set((runs / row.paper / row.run_name).glob("version_*"))
+    try:
+        _must_succeed(lightning("test", ["-c", str(row.config), "--runs", str(runs)]))
+        (outcome.run,) = set((runs / row.paper / row.run_name).glob("version_*")) - before
+        _scores(outcome)
+    except (Exception, SystemExit) as error:  # as above
+        outcome.failure = f"test: {_one_line(error)}"
+    outcome.test_seconds = time.perf_counter() - start
     return outcome
 
 

@@ -1,8 +1,8 @@
 """`isr foundation`: train the embedded tiny foundation again, by the recipes in `common/foundation/configs`.
 
-Stages, each a plain `isr fit`: the VAE in five parts, then in its latent space the U-Net with its text encoder, and the
-feature-conditioned U-Net, which is F2IDiff's stage A. A stage whose folder is there is skipped, so an interrupted run
-goes on.
+Stages, each a plain `isr fit`: the VAE in five parts, then in its latent space the U-Net with its text encoder. Then on
+these the feature-conditioned U-Net, which is F2IDiff's stage A, the flow transformer, and the ControlNet that RFSR
+starts from. A stage whose folder is there is skipped, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -12,13 +12,35 @@ import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import common.foundation
 import papers
 
 CONFIGS = Path(common.foundation.__file__).parent / "configs"
-STAGES = ("vae", "vae_tune", "vae_decoder", "vae_long", "vae_noisy", "unet", "unet_features")
-FEATURES = Path(papers.__file__).parent / "f2idiff" / "configs" / "foundation_tiny.yaml"
+PAPERS = Path(papers.__file__).parent
+
+
+class Stage(NamedTuple):
+    """A stage: its name, its recipe, and the setting of the model that takes the folder of an earlier stage."""
+
+    name: str
+    config: Path
+    argument: str = "start"
+    after: str | None = None
+
+
+STAGES = (
+    Stage("vae", CONFIGS / "vae.yaml"),
+    Stage("vae_tune", CONFIGS / "vae_tune.yaml", after="vae"),
+    Stage("vae_decoder", CONFIGS / "vae_decoder.yaml", after="vae_tune"),
+    Stage("vae_long", CONFIGS / "vae_long.yaml", after="vae_decoder"),
+    Stage("vae_noisy", CONFIGS / "vae_noisy.yaml", after="vae_long"),
+    Stage("unet", CONFIGS / "unet.yaml", "vae", after="vae_noisy"),
+    Stage("unet_features", PAPERS / "f2idiff" / "configs" / "foundation_tiny.yaml", "pretrained", after="unet"),
+    Stage("flow", CONFIGS / "flow.yaml", "pretrained", after="unet"),
+    Stage("controlnet", PAPERS / "rfsr" / "configs" / "base_tiny.yaml", "base.init_args.pretrained", after="unet"),
+)
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -28,34 +50,37 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="steps of each stage, for a quick try (default: the recipes')")
     options = parser.parse_args(list(argv))
     output = Path(options.output)
-    extra = [f"--data.steps={options.steps}", f"--trainer.val_check_interval={options.steps}"] if options.steps else []
-    previous = None
     for stage in STAGES:
-        folder = output / "stages" / stage
-        if not folder.is_dir():
-            _fit(stage, folder, previous, extra)
-        previous = folder
-    shutil.copytree(output / "stages" / "unet", output, dirs_exist_ok=True)
-    shutil.copytree(output / "stages" / "unet_features", output, dirs_exist_ok=True)
-    print(f"foundation written to {output}; to embed it, copy its six folders to common/foundation/weights")
+        if not (output / "stages" / stage.name).is_dir():
+            _fit(stage, output / "stages", options.steps)
+    for name in ("unet", "unet_features", "flow", "controlnet"):
+        shutil.copytree(output / "stages" / name, output, dirs_exist_ok=True)
+    print(f"foundation written to {output}; to embed it, copy its folders to common/foundation/weights")
     return 0
 
 
-def _fit(stage: str, folder: Path, previous: Path | None, extra: list[str]) -> None:
+def _fit(stage: Stage, stages: Path, steps: int | None) -> None:
     from launch.lightning_cli import IsrCLI  # imports Lightning, which --help need not
 
-    argument = {"unet": "vae", "unet_features": "pretrained"}.get(stage, "start")
-    start = [f"--model.{argument}={previous}"] if previous else []
-    config = FEATURES if stage == "unet_features" else CONFIGS / f"{stage}.yaml"
-    cli = IsrCLI(["fit", "-c", str(config), *start, *extra])
-    unfinished = folder.with_name(f"{stage}.part")
+    start = [f"--model.{stage.argument}={stages / stage.after}"] if stage.after else []
+    cli = IsrCLI(["fit", "-c", str(stage.config), *start, *_quick(stage, steps)])
+    unfinished = stages / f"{stage.name}.part"
     shutil.rmtree(unfinished, ignore_errors=True)
-    if stage == "unet":
+    if stage.name == "unet":
         cli.model.save_foundation(unfinished)
-        assert previous is not None
-        shutil.copytree(previous / "vae", unfinished / "vae")
-    elif stage == "unet_features":
-        cli.model.save_foundation(unfinished / stage)
+        shutil.copytree(stages / "vae_noisy" / "vae", unfinished / "vae")
+    elif stage.name == "flow":
+        cli.model.save_foundation(unfinished)
+    elif stage.name in ("unet_features", "controlnet"):
+        cli.model.save_foundation(unfinished / stage.name)
     else:
         cli.model.save_foundation(str(unfinished / "vae"), itertools.islice(cli.datamodule.train_dataloader(), 40))
-    unfinished.rename(folder)
+    unfinished.rename(stages / stage.name)
+
+
+def _quick(stage: Stage, steps: int | None) -> list[str]:
+    """Flags that end a stage after a few steps."""
+    if steps is None:
+        return []
+    length = "trainer.max_steps" if stage.name == "controlnet" else "data.steps"
+    return [f"--{length}={steps}", f"--trainer.val_check_interval={steps}"]

@@ -51,11 +51,11 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole configuration beside a fit's checkpoints."""
+    """Writes the whole configuration into a new run's folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Only a fit owns its run folder."""
-        if stage == "fit":
+        """A test of a checkpoint writes into the folder of that checkpoint's run, whose configuration stays."""
+        if stage == "fit" or self.config.get("ckpt_path") is None:
             super().setup(trainer, pl_module, stage)
 
 
@@ -273,6 +273,11 @@ def _stored_model(args: list[str]) -> dict[str, Any] | None:
             path = arg.partition("=")[2]
     if path is None or path in ("last", "best", "null", "hpc", "registry"):
         return None
+    return stored_model(path)
+
+
+def stored_model(path: str | Path) -> dict[str, Any] | None:
+    """class_path and init_args of the model that a checkpoint is of; None if it was not made by `isr fit`."""
     stored = dict(read_checkpoint(path).get("hyper_parameters", {}))
     stored.pop("_instantiator", None)
     if "_class_path" not in stored:

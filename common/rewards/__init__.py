@@ -1,6 +1,6 @@
 """Rewards: frozen judges that give each image one number, (B,), higher for better; what RFSR and DNF-SR train on.
 
-Called as `reward(x_01, prompts)`; see `Reward`.
+Called as `reward(x_01, prompts)`, or with the high-quality images behind where they are compared; see `Reward`.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,17 @@ from common.rewards.base import Reward, reward_loss
 from common.rewards.group import clipped_rewards, group_rewards
 from common.rewards.imagereward import ImageReward, ImageRewardSize
 from common.rewards.pyiqa_metrics import PyiqaReward
+from common.rewards.reference import NegatedDistance, NegatedDISTS, NegatedLPIPS, NegatedMSE
 from common.rewards.weightless import Colourfulness, Sharpness
 
 __all__ = [
     "Colourfulness",
     "ImageReward",
     "ImageRewardSize",
+    "NegatedDISTS",
+    "NegatedDistance",
+    "NegatedLPIPS",
+    "NegatedMSE",
     "PyiqaReward",
     "Reward",
     "Sharpness",
@@ -32,16 +37,20 @@ _REWARDS: dict[str, Callable[..., Reward]] = {
     "laion": partial(PyiqaReward, "laion_aes"),
     "sharpness": Sharpness,
     "colourfulness": Colourfulness,
+    "neg_mse": NegatedMSE,
+    "neg_lpips": NegatedLPIPS,
+    "neg_dists": NegatedDISTS,
 }
 _PYIQA = "pyiqa:"
 
 
 def build_reward(name: str, **kwargs: Any) -> Reward:
-    """Make a reward by name, to be called as `reward(x_01, prompts)`; gives (B,).
+    """Make a reward by name, to be called as `reward(x_01, prompts, hq_01)`; gives (B,).
 
     Args:
-        name: `clipiqa`, `imagereward`, `laion` (the aesthetic predictor), `sharpness`, `colourfulness`, or `pyiqa:` and
-            pyiqa's name of a no-reference metric, e.g. `pyiqa:musiq`, `pyiqa:maniqa-pipal`.
+        name: `clipiqa`, `imagereward`, `laion` (the aesthetic predictor), `sharpness`, `colourfulness`; `neg_mse`,
+            `neg_lpips`, `neg_dists`, which need `hq_01`; or `pyiqa:` and pyiqa's name of a no-reference metric, e.g.
+            `pyiqa:musiq`, `pyiqa:maniqa-pipal`.
         **kwargs: Further arguments of the reward's class.
 
     Returns:

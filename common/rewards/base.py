@@ -15,7 +15,7 @@ from common.losses.checks import check_range_01
 
 
 class Reward(nn.Module, ABC):
-    """A score of images, higher for better, called as `reward(x_01, prompts)`.
+    """A score of images, higher for better, called as `reward(x_01, prompts)` or `reward(x_01, prompts, hq_01)`.
 
     Always in eval mode, without trainable parameters, and computed in fp32 (or float64, for such images or weights)
     whatever autocast says outside. The gradient reaches `x_01` where `differentiable`; elsewhere the score has none.
@@ -29,6 +29,8 @@ class Reward(nn.Module, ABC):
     """Whether the score has a gradient in the image."""
     prompted: ClassVar[bool] = False
     """Whether the score depends on the prompts; the others look at none."""
+    referenced: ClassVar[bool] = False
+    """Whether the score compares with the high-quality image, which then is needed; the others do not look at it."""
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the module around it does."""
@@ -45,42 +47,65 @@ class Reward(nn.Module, ABC):
             MetricUnavailableError: pyiqa or its weights cannot be had.
         """
 
-    def forward(self, x_01: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, x_01: Tensor, prompts: Sequence[str], hq_01: Tensor | None = None) -> Tensor:
         """Score images.
 
         Args:
             x_01: Images, (B, 3, H, W), RGB in [0, 1], of any floating type; clamped to that range, so pixels outside
                 get no gradient.
             prompts: What each shows, B strings; rewards that are not `prompted` do not read them.
+            hq_01: The high-quality image of each, same shape, clamped likewise; it gets no gradient. Rewards that are
+                not `referenced` do not look at it.
 
         Returns:
             Raw score per image, (B,), fp32 (float64 for float64 images where there are no fp32 weights).
 
         Raises:
-            ValueError: `x_01` is no batch of images, the prompts are not B, or the module was cast to 16 bits.
+            ValueError: `x_01` is no batch of images, the prompts are not B, a `referenced` reward lacks `hq_01` of the
+                same shape, or the module was cast to 16 bits.
         """
         x = self._images(x_01)
         if isinstance(prompts, str) or len(prompts) != len(x):
             found = "one string" if isinstance(prompts, str) else f"{len(prompts)} strings"
             raise ValueError(f"prompts is {found} for {len(x)} images; pass one string per image.")
+        hq = self._reference(hq_01, x) if self.referenced else None
         with (
             torch.autocast(x.device.type, enabled=False),
             torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable),
         ):
-            return self._score(x, prompts)
+            return self._score(x, prompts, hq)
 
     @abstractmethod
-    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score clamped images in `_images`' type, outside autocast; (B, 3, H, W) and B strings in, (B,) out."""
+    def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
+        """Score clamped images in `_images`' type, outside autocast.
 
-    def _images(self, x_01: Tensor) -> Tensor:
+        Args:
+            x: Images, (B, 3, H, W).
+            prompts: B strings.
+            hq: What to compare with, same shape and type, without a graph; None if and only if not `referenced`.
+
+        Returns:
+            Scores, (B,).
+        """
+
+    def _reference(self, hq_01: Tensor | None, x: Tensor) -> Tensor:
+        """Check the reference of the images `x`, and make it ready as they are."""
+        if hq_01 is None or hq_01.shape != x.shape:
+            found = "missing" if hq_01 is None else f"of shape {tuple(hq_01.shape)}"
+            raise ValueError(
+                f"hq_01 is {found} where reward {self.name!r} compares {tuple(x.shape)} with it; pass as many "
+                "high-quality images, of that size."
+            )
+        return self._images(hq_01.detach(), "hq_01").to(x)
+
+    def _images(self, x_01: Tensor, name: str = "x_01") -> Tensor:
         """Check images, cast them to the type to compute in and clamp them to [0, 1]."""
         if x_01.ndim != 4 or x_01.shape[1] != 3 or not x_01.is_floating_point():
             raise ValueError(
-                f"x_01 is {x_01.dtype} of shape {tuple(x_01.shape)}; pass floating (B, 3, H, W) in [0, 1]."
+                f"{name} is {x_01.dtype} of shape {tuple(x_01.shape)}; pass floating (B, 3, H, W) in [0, 1]."
             )
         if os.environ.get("ISR_DEBUG") == "1":
-            check_range_01(x_01, "x_01")
+            check_range_01(x_01, name)
         weight = next(self.parameters(), None)
         if weight is not None and weight.dtype.itemsize < 4:
             raise ValueError(

@@ -206,7 +206,7 @@ class ImageReward(Reward):
                 hidden = self.head[index](hidden)
             return (hidden[:, 0] - _SCORE_MEAN) / _SCORE_STD
 
-    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
         return self.score_ids(*self.tokenize(prompts), x)
 
     def _fill(self, weights: str, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from common.metrics import own_random_state, pyiqa_metric
 from common.rewards.base import Reward
+
+logger = logging.getLogger(__name__)
 
 
 class PyiqaReward(Reward):
@@ -32,6 +35,8 @@ class PyiqaReward(Reward):
         self.metric = metric
         self.name = f"pyiqa:{metric}"
         self.differentiable = differentiable
+        if metric.startswith("qalign"):
+            logger.warning("%s is a reward now: among DNF-SR's metrics it ceases to be the independent one.", self.name)
         self._loaded: tuple[Any, torch.device] | None = None  # a tuple, which nn.Module does not look into
 
     def load(self, device: torch.device | str = "cpu") -> None:
@@ -49,14 +54,16 @@ class PyiqaReward(Reward):
             return
         protocol = pyiqa_metric(self.metric, device=device)
         if protocol.needs_hq:
-            raise ValueError(f"pyiqa's {self.metric} compares with a reference; a reward judges an image alone.")
+            raise ValueError(
+                f"pyiqa's {self.metric} compares with a reference; use neg_mse, neg_lpips or neg_dists for that."
+            )
         model = cast(partial[float], protocol.function).args[0]
         model.as_loss, model.loss_reduction = self.differentiable, "none"  # else pyiqa returns no gradient, or a mean
         for network in (model, *getattr(model.net, "clip_model", [])):  # CLIP hides in a list
             network.requires_grad_(False).eval()
         self._loaded = model, device
 
-    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
         self.load(x.device)
         assert self._loaded is not None
         model = self._loaded[0]

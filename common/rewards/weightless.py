@@ -46,7 +46,7 @@ class Sharpness(Reward):
             raise ValueError(f"sigma={sigma} and floor={floor} must be positive; the defaults are 2 and (4/255)^2.")
         self.sigma, self.floor = sigma, floor
 
-    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
         radius = math.ceil(3 * self.sigma)
         window = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype) / self.sigma) ** 2)
         window = window / window.sum()
@@ -79,7 +79,7 @@ class Colourfulness(Reward):
     name = "colourfulness"
     differentiable = True
 
-    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
         red, green, blue = x.unbind(1)
         opponents = torch.stack([red - green, (red + green) / 2 - blue], 1).flatten(2)  # (B, 2, pixels)
         variance, mean = torch.var_mean(opponents, 2, correction=0)

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.adapters import OSEDIFF_TARGETS, add_lora, without_adapters
+from common.adapters import OSEDIFF_TARGETS, add_lora, vae_encoder_targets, without_adapters
 from common.autoencoder import ImageCodec
 from common.conditioning.features import Tokens
 from common.conditioning.text import text_encoder_row
@@ -38,15 +37,6 @@ from papers.f2idiff.foundation import Opened, open_foundation
 
 UPSAMPLING = ("nearest", "bilinear", "bicubic")
 """What `train_upsample: random` draws from; OpenCV's area enlarges as nearest does."""
-
-
-def encoder_targets(vae: AutoencoderKL) -> tuple[str, ...]:
-    """What OSEDiff adapts of a VAE: its encoder's convolutions and attention, and quant_conv.
-
-    By full names: endings would mean the decoder's layers, too.
-    """
-    inside = [f"encoder.{name}" for name, _ in vae.encoder.named_modules()]
-    return (*(name for name in inside if name.endswith(tuple(f".{t}" for t in OSEDIFF_TARGETS))), "quant_conv")
 
 
 class F2IDiffSR(RestorationModule):
@@ -177,7 +167,8 @@ class F2IDiffSR(RestorationModule):
                 f"vsd_timesteps={list(self.vsd_timesteps)} are no range; set two within 0 .. {last}, ascending"
             )
         self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
-        add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, encoder_targets(self.codec.vae), seed=self.seed)
+        targets = vae_encoder_targets(self.codec.vae)
+        add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, targets, seed=self.seed)
         opened = self._open_unet()
         unet = opened.unet
         add_lora(unet, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed)

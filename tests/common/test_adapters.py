@@ -20,9 +20,10 @@ from common.adapters import (
     lora_parameters,
     merge,
     set_adapter,
+    vae_encoder_targets,
     without_adapters,
 )
-from common.pretrained import architecture_only, load_unet
+from common.pretrained import architecture_only, load_unet, load_vae
 
 
 def make_unet(**config: object) -> UNet2DConditionModel:
@@ -78,6 +79,19 @@ class TestCounts:
             del unet.up_blocks, unet.conv_norm_out, unet.conv_out
             add_lora(unet, 16, 16, OSEDIFF_TARGETS)
         assert count_lora(unet) == (110, 6_522_432)
+
+    @pytest.mark.parametrize(
+        ("name", "rank", "layers", "parameters"),
+        [("sd21", 4, 31, 369_292), ("sd21", 16, 31, 1_477_168), ("flux_kontext", 64, 31, 5_910_208)],
+    )
+    def test_on_a_vaes_encoder(self, name: str, rank: int, layers: int, parameters: int) -> None:
+        """DNF-SR's spec counts without SD's quant_conv, 8 -> 8; the decoder stays as it is."""
+        with architecture_only():
+            vae = load_vae(f"random:{name}")
+            quant_conv = int(vae.quant_conv is not None)
+            add_lora(vae, rank, rank, vae_encoder_targets(vae))
+        assert count_lora(vae) == (layers + quant_conv, parameters + 16 * rank * quant_conv)
+        assert not any("lora" in key for key, _ in vae.decoder.named_parameters())
 
     def test_leaves_time_and_norm_layers_alone(self) -> None:
         unet = add_lora(make_unet(), 2, 2, OSEDIFF_TARGETS)

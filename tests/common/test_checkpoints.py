@@ -113,3 +113,17 @@ def test_averages_stand_in_the_place_of_their_parameters() -> None:
     with_averages = trained_state({"state_dict": state, "ema": {"updates": 1, "average": average}})
     assert {name: float(value) for name, value in with_averages.items()} == {"a.w": 5.0, "a.count": 1.0}
     assert float(state["a.w"]) == 0.0
+
+
+def test_the_vectors_of_spectral_normalisation_are_kept_so_that_a_reload_computes_the_same() -> None:
+    def normed(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.ModuleDict({"head": nn.utils.parametrizations.spectral_norm(nn.Linear(5, 7))})
+
+    saved, loaded = normed(0), normed(1)
+    for _ in range(20):
+        saved["head"](torch.ones(1, 5))  # each forward pass in training moves the vectors
+    kept = kept_keys(saved, list(matching(saved, ["head.*"])))
+    loaded.load_state_dict({key: value for key, value in saved.state_dict().items() if key in kept}, strict=False)
+    x = torch.randn(3, 5)
+    assert torch.equal(loaded.eval()["head"](x), saved.eval()["head"](x))

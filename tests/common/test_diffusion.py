@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from common.diffusion import NoiseSchedule
+from common.diffusion import NoiseSchedule, flow_clean, flow_noise, flow_velocity
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -154,3 +154,35 @@ class TestRobustness:
     def test_epsilon_is_the_prediction_type_when_none_is_written(self, schedule: NoiseSchedule) -> None:
         assert schedule.prediction_type == "epsilon"
         assert NoiseSchedule(SD | {"prediction_type": "v_prediction"}).prediction_type == "v_prediction"
+
+
+class TestFlow:
+    """Rectified flow: z_t = (1 - t) z + t eps, v = eps - z."""
+
+    def test_by_hand(self) -> None:
+        z, eps = torch.tensor([[8.0]]), torch.tensor([[4.0]])
+        assert flow_noise(z, eps, 0.25).item() == 0.75 * 8 + 0.25 * 4 == 7
+        assert flow_clean(torch.tensor([[7.0]]), torch.tensor([[-4.0]]), 0.25).item() == 8
+        assert flow_velocity(torch.tensor([[7.0]]), z, 0.25).item() == -4
+
+    def test_ends_are_the_latent_and_the_noise_bit_for_bit(self, pair: tuple[Tensor, Tensor]) -> None:
+        z, eps = pair
+        assert torch.equal(flow_noise(z, eps, 0.0), z)
+        assert torch.equal(flow_noise(z, eps, torch.tensor([1.0, 1.0, 1.0])), eps)
+
+    @pytest.mark.parametrize("t", [1e-3, 0.25, 0.5, 1.0, torch.tensor([0.1, 0.5, 1.0])])
+    def test_the_oracles_velocity_leads_to_any_answer(self, pair: tuple[Tensor, Tensor], t: float | Tensor) -> None:
+        """Check 2 of DNF-SR: v* = (z_slot - z) / t gives z, and eps - z_lq gives z_lq."""
+        z_lq, eps = pair
+        z_slot, z = flow_noise(z_lq, eps, t), torch.randn_like(z_lq)
+        assert_close(flow_clean(z_slot, flow_velocity(z_slot, z, t), t), z)
+        assert_close(flow_clean(z_slot, eps - z_lq, t), z_lq)
+        assert_close(flow_velocity(z_slot, z, t), (eps - z_lq) + flow_velocity(z_lq, z, t))
+
+    def test_each_sample_has_its_own_time_and_keeps_its_dtype(self, pair: tuple[Tensor, Tensor]) -> None:
+        z, eps = (part.float() for part in pair)
+        times = torch.tensor([0.2, 0.4, 0.9], dtype=torch.float64)
+        together = flow_noise(z, eps, times)
+        assert together.dtype == torch.float32
+        for i, t in enumerate(times.tolist()):
+            assert_close(together[i], flow_noise(z[i], eps[i], t))

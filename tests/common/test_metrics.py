@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, pyiqa_metric, to_uint8
+from common.rewards import build_reward
 
 
 def reference_image() -> np.ndarray:
@@ -214,6 +215,32 @@ class TestProtocol:
             assert metric(*pair("noisy")) > metric(*pair("darker"))
 
 
+class TestRewardsAsMetrics:
+    @pytest.mark.parametrize("name", ["sharpness", "colourfulness"])
+    def test_they_are_the_rewards_of_the_8_bit_image(self, name):
+        metric, reward = build_metric(name), build_reward(name)
+        for image in (reference_image(), noisy_image()):
+            x = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)[None]
+            assert metric(image) == pytest.approx(float(reward(x, [""])), rel=1e-4)
+        assert metric(reference_image()) != metric(noisy_image())
+
+    def test_colourfulness_is_the_published_formula_over_255(self):
+        red, green, blue = noisy_image().astype(np.float64).transpose(2, 0, 1)
+        rg, yb = red - green, (red + green) / 2 - blue
+        expected = np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
+        assert build_metric("colourfulness")(noisy_image()) == pytest.approx(expected / 255, rel=1e-6)
+
+    def test_they_need_no_reference_look_at_none_and_say_so(self):
+        for name in ("sharpness", "colourfulness"):
+            metric = build_metric(name, crop=2)
+            assert not metric.needs_hq
+            assert not metric.lower_better
+            sr, hq = pair("noisy")
+            assert metric(sr) == metric(sr, hq) == build_metric(name)(sr[2:-2, 2:-2])
+            assert str(metric).startswith(f"{name} | ")
+            assert str(metric).endswith("| crop 2 px | images rounded to 8 bits | native")
+
+
 class TestErrors:
     def test_sizes_that_differ_are_both_named(self):
         with pytest.raises(ValueError, match=r"sr is 96 x 80 px and hq is 95 x 80 px"):
@@ -246,7 +273,7 @@ class TestErrors:
 
     def test_an_unknown_id_lists_the_known_ones(self):
         with pytest.raises(
-            ValueError, match=r"'psnr' is unknown; use one of psnr_y, ssim_y, psnr_rgb, ssim_rgb, or pyiqa:"
+            ValueError, match=r"'psnr' is unknown; use one of psnr_y, ssim_y, psnr_rgb, ssim_rgb, .*or pyiqa:"
         ):
             build_metric("psnr")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel
 
 from common import pretrained as module
@@ -151,10 +151,28 @@ class TestArchitectures:
         assert (parameters(vae), parameters(clip_l), parameters(clip_g)) == (83_653_863, 123_060_480, 694_659_840)
         assert vae.config.scaling_factor == 0.13025
 
+    @pytest.mark.parametrize("repo", ["black-forest-labs/FLUX.1-Kontext-dev", "black-forest-labs/FLUX.1-dev"])
+    def test_flux_has_the_counts_of_dnf_srs_spec(self, repo: str) -> None:
+        with architecture_only():
+            transformer = load_diffusers_model(FluxTransformer2DModel, repo, "transformer")
+            vae, (_, clip) = load_vae(repo), load_text_encoder(repo)
+            tokenizer, t5 = load_text_encoder(repo, "text_encoder_2", "tokenizer_2", dtype=None)
+        parts = [transformer.time_text_embed, transformer.context_embedder, transformer.x_embedder]
+        assert parameters(transformer) == 11_901_408_320
+        assert list(map(parameters, parts)) == [32_262_144, 12_585_984, 199_680]
+        assert (parameters(transformer.norm_out), parameters(transformer.proj_out)) == (18_880_512, 196_672)
+        assert (parameters(vae.encoder), parameters(vae.decoder)) == (34_274_208, 49_545_475)
+        assert parameters(vae) == 83_819_683  # no quant_conv, no post_quant_conv
+        assert (vae.config.scaling_factor, vae.config.shift_factor) == (0.3611, 0.1159)
+        assert (parameters(clip), parameters(t5)) == (123_060_480, 4_762_310_656)
+        assert (t5.dtype, tokenizer.model_max_length) == (torch.bfloat16, 512)
+        assert hub_table()[repo]["gated"]
+
     def test_every_known_id_has_an_architecture_and_a_licence(self) -> None:
         for repo, entry in hub_table().items():
+            expect = None if entry["architecture"] == "flux_kontext" else "epsilon"  # a flow has no prediction type
             with architecture_only():
-                assert load_schedule_config(repo, expect="epsilon")["num_train_timesteps"] == 1000
+                assert load_schedule_config(repo, expect)["num_train_timesteps"] == 1000
             assert entry["licence"]
 
     def test_a_folder_is_built_from_its_own_config_even_when_its_weights_are_gone(

@@ -58,18 +58,22 @@ class Lightning:
         if name in self.failing and command == self.failing[name][0]:
             raise self.failing[name][1]
         folder = runs / config.parents[2].name / name
-        if command == "fit":
+        trained = "--ckpt_path" in args
+        if trained:
+            run = Path(args[args.index("--ckpt_path") + 1]).parents[1]
+        else:  # a fit, or the test of a row that needs none
             run = folder / f"version_{len(list(folder.glob('version_*')))}"
-            (run / "checkpoints").mkdir(parents=True)
-            steps = next((int(a.partition("=")[2]) for a in args if a.startswith("--trainer.max_steps=")), 200)
-            torch.save({"state_dict": {}, "global_step": steps}, run / "checkpoints" / "last.ckpt")
+            run.mkdir(parents=True)
             init_args = {"lpips": {"weights": "random", "width": 0.25}, "pretrained": "tiny"}
             if name == "demo-late":
                 init_args |= {"condition": "features", "features": "tiny"}
             config = {"model": {"class_path": "x.X", "init_args": init_args}}
             (run / "config.yaml").write_text(yaml.safe_dump(config))
+        if command == "fit":
+            (run / "checkpoints").mkdir()
+            steps = next((int(a.partition("=")[2]) for a in args if a.startswith("--trainer.max_steps=")), 200)
+            torch.save({"state_dict": {}, "global_step": steps}, run / "checkpoints" / "last.ckpt")
             return 0
-        run = Path(args[args.index("--ckpt_path") + 1]).parents[1]
         value = 40.0 + int(run.name.removeprefix("version_"))
         methods = ((name, value), (f"{name} (raw)", value - 1))
         scores = [Score(m, "photos", n, "psnr_y", v, PSNR_Y) for m, v in methods for n in self.names]
@@ -258,6 +262,35 @@ def test_figures_of_the_rows_that_succeeded_are_in_the_report_in_order(lightning
     assert "![figures/b_sr/soon/noise](figures/b_sr-soon-noise.png)\n\nnoise of demo-soon\n" in text
     files = sorted(path.name for path in (runs / "demo" / "report" / "figures").iterdir())
     assert files == ["a_sr-only-blur.png", "b_sr-soon-blur.png", "b_sr-soon-noise.png"]
+
+
+@pytest.mark.parametrize("quick", [[], ["--max-steps", "3"]])
+def test_a_row_of_no_steps_is_tested_as_it_is_and_not_fitted(lightning, tmp_path, papers, quick):
+    row = papers / "b_sr" / "configs" / "demo" / "01_soon.yaml"
+    tree = {"model": {"class_path": "papers.dfosd.DFOSD"}, "data": DATA, "trainer": {"max_steps": 0}}
+    row.write_text(yaml.safe_dump(tree))
+    runs = tmp_path / "runs"
+    for turn in (0, 1):
+        lightning.calls.clear()
+        assert demo.run("demo", ["--runs", str(runs), "--only", "b_sr", *quick]) == 0
+        assert [command for command, _ in lightning.calls] == ["test", "fit", "test"]
+        assert lightning.calls[0][1] == ["-c", str(row), "--runs", str(runs)]
+        assert float(_summary(runs)["b_sr/soon"]["psnr_y"]) == 40.0 + turn  # of the newest test
+        text = (runs / "demo" / "report" / "report.md").read_text()
+        assert str(runs / "b_sr" / "demo-soon" / f"version_{turn}") in text
+
+
+def test_a_failing_test_of_a_row_of_no_steps_says_how_to_repeat_it(lightning, tmp_path, papers, capsys):
+    row = papers / "b_sr" / "configs" / "demo" / "01_soon.yaml"
+    tree = {"model": {"class_path": "papers.dfosd.DFOSD"}, "data": DATA, "trainer": {"max_steps": 0}}
+    row.write_text(yaml.safe_dump(tree))
+    lightning.failing["demo-soon"] = "test", KeyError("weights")
+    assert demo.run("demo", ["--runs", str(tmp_path / "runs"), "--only", "b_sr"]) == 1
+    said = capsys.readouterr().out
+    assert "row b_sr/soon FAILED in test: KeyError: " in said
+    assert f"isr test -c {row}" in said
+    assert "b_sr/soon" not in _summary(tmp_path / "runs")
+    assert "b_sr/late" in _summary(tmp_path / "runs")
 
 
 def test_baselines_are_scored_on_the_images_that_the_rows_were_tested_on(lightning, names, tmp_path):

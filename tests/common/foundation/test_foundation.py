@@ -4,23 +4,25 @@ import math
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from common.autoencoder import ImageCodec
 from common.conditioning.features import DinoFeatures
+from common.conditioning.flux_text import encode_flux_prompts
 from common.conditioning.text import encode_prompts
-from common.diffusion import NoiseSchedule
+from common.denoisers.flux import FluxDenoiser
+from common.diffusion import NoiseSchedule, flow_noise
 from common.draws import Draws
 from common.foundation.autoencoder import TinyAutoencoder, reconstruction_loss
+from common.foundation.flow import TinyFlow, mild_edit
 from common.foundation.schedule import Anneal, anneal
 from common.images import to_01, to_pm1
-from common.pretrained import TINY, load_schedule_config, load_unet, load_vae
+from common.pretrained import TINY, load_diffusers_model, load_schedule_config, load_unet, load_vae
 from data.crops import GridCrops
 
 
-def test_it_weighs_under_fifteen_megabytes() -> None:
-    """20 MB in all with the parts that later papers add."""
-    assert sum(file.stat().st_size for file in TINY.rglob("*")) < 15e6
+def test_it_weighs_under_twenty_megabytes() -> None:
+    assert sum(file.stat().st_size for file in TINY.rglob("*")) < 20e6
 
 
 def test_latents_of_photos_are_white_channel_by_channel() -> None:
@@ -61,6 +63,31 @@ def test_the_denoiser_beats_the_best_linear_shrinkage_at_every_noise_level(subfo
             signal, sigma = (float(c) for c in schedule.coefficients(t, z0))
             linear = power * sigma**2 / (power * signal**2 + sigma**2)
             assert (x0 - z0).square().mean() < 0.8 * linear, f"t={t}"
+
+
+def test_the_flow_beats_the_best_linear_shrinkage_and_edits_its_reference() -> None:
+    """E|v - v_hat|^2 against the best multiple of z_t; with the photo as its reference little is left to guess."""
+    codec = ImageCodec(load_vae("tiny"))
+    flow = FluxDenoiser(load_diffusers_model(FluxTransformer2DModel, "tiny", "transformer"))
+    crops = [GridCrops("val", 128)[i] for i in range(0, 28, 4)]
+    text = encode_flux_prompts("tiny", [item["prompt"] for item in crops])
+    with torch.no_grad():
+        z = codec.encode(to_pm1(torch.stack([item["hq"] for item in crops])))
+        eps = Draws(0, torch.arange(len(z))).normal("test", z.shape[1:])
+        for t in (0.25, 0.5, 0.75):
+            z_t, v = flow_noise(z, eps, t), eps - z
+            linear = v.square().mean() - (v * z_t).mean().square() / z_t.square().mean()
+            error = (flow(z_t, t, text) - v).square().mean()
+            assert error < 0.6 * linear, f"t={t}"
+            assert (flow(z_t, t, text, z) - v).square().mean() < 0.1 * error, f"t={t}"
+
+
+def test_the_flows_text_has_fluxs_layout_and_the_embedded_clip() -> None:
+    cat, dog = encode_flux_prompts("tiny", ["a cat", "a dog"]).tokens
+    assert cat.shape == dog.shape == (32, 32)
+    assert not torch.allclose(cat, dog)
+    pooled = encode_flux_prompts("tiny", ["a cat"]).pooled[0]
+    assert torch.allclose(pooled, encode_prompts("tiny", ["a cat"])[0, len("a cat")], atol=1e-5)  # at the end's place
 
 
 def test_the_text_condition_is_a_function_of_the_bytes() -> None:
@@ -128,6 +155,60 @@ def test_decoder_tuning_leaves_encoder_and_latent_statistics_alone(tmp_path) -> 
     assert new.config.latents_mean == load_vae("tiny").config.latents_mean
 
 
+class TestFlow:
+    """The recipe of the flow transformer."""
+
+    def test_starts_at_zero_and_is_taught_noise_minus_latent(self) -> None:
+        stage, x, prompts = TinyFlow(), torch.rand(2, 3, 32, 32), ["a", "b"]
+        z, noise, t = stage.codec.encode(to_pm1(x)), torch.randn(2, 8, 8, 8), torch.tensor([0.3, 0.9])
+        start = stage.loss(stage.networks, x, prompts, t, noise, x)
+        assert torch.allclose(start, (noise - z).square().mean((1, 2, 3)))
+        seen = []
+        oracle = {
+            "transformer": lambda *given: seen.append(given) or noise - z,
+            "text_encoder_2": stage.networks["text_encoder_2"],
+        }
+        assert stage.loss(oracle, x, prompts, t, noise, x).abs().max() == 0
+        z_t, times, text, z_ref = seen[0]
+        assert torch.allclose(z_t[1], 0.1 * z[1] + 0.9 * noise[1], atol=1e-6)
+        assert torch.equal(times, t)
+        assert torch.equal(z_ref, z)
+        assert (text.tokens.shape, text.pooled.shape) == ((2, 32, 32), (2, 32))
+
+    @pytest.mark.parametrize("quartered", [False, True])
+    def test_a_step_sees_the_crops_or_their_quarters_each_with_draws_of_its_own(self, quartered: bool) -> None:
+        stage = TinyFlow(quartered=float(quartered), with_reference=0.0, condition_dropout=0.0)
+        stage.log = lambda *args, **kwargs: None
+        seen = []
+        stage.loss = lambda *given: seen.append(given) or torch.zeros(1)
+        x = torch.rand(2, 3, 64, 64)
+        stage.training_step({"hq": x, "prompt": ["a", "b"], "index": torch.tensor([6, 7])}, 0)
+        _, crops, prompts, t, noise, x_ref = seen[0]
+        assert x_ref is None
+        if quartered:
+            for row, column, place in ((0, 0, 0), (0, 32, 2), (32, 0, 4), (32, 32, 6)):
+                assert torch.equal(crops[place : place + 2], x[..., row : row + 32, column : column + 32])
+            assert prompts == ["a", "b"] * 4
+        else:
+            assert torch.equal(crops, x)
+            assert prompts == ["a", "b"]
+        assert len(t.unique()) == len(noise.flatten(1).unique(dim=0)) == len(crops)
+
+    def test_a_reference_is_the_photo_a_blur_of_it_or_a_change_of_its_colours(self) -> None:
+        x = 0.2 + 0.4 * torch.rand(1, 3, 32, 32).repeat(60, 1, 1, 1)
+        edited = mild_edit(x, Draws(0, torch.arange(60)))
+        same = [torch.equal(a, b) for a, b in zip(edited, x, strict=True)]
+        ratio = edited / x
+        gain = ratio.flatten(2).std(2).amax(1) < 1e-5
+        blur = ~gain & (edited.mean((1, 2, 3)) - x.mean((1, 2, 3))).abs().lt(5e-3)
+        assert 12 <= sum(same) <= 36
+        assert 8 <= blur.sum() <= 28
+        assert torch.all(gain | blur)
+        assert (edited - x)[blur].flatten(1).std(1).min() > 0.01
+        assert 0.7 < ratio[gain].min() < ratio[gain].max() < 1.3
+        assert torch.equal(edited[7:9], mild_edit(x[7:9], Draws(0, torch.tensor([7, 8]))))
+
+
 @pytest.mark.slow
 def test_the_recipe_runs_from_nothing_to_a_foundation_and_skips_what_is_there(tmp_path, monkeypatch) -> None:
     from launch.foundation import run
@@ -136,7 +217,7 @@ def test_the_recipe_runs_from_nothing_to_a_foundation_and_skips_what_is_there(tm
     assert run("foundation", ["--output", "out", "--steps", "1"]) == 0
     stages = tmp_path / "out" / "stages"
     before = {file: file.stat().st_mtime_ns for file in stages.rglob("*.safetensors")}
-    assert len(before) == 9  # six VAEs, two U-Nets, a text encoder
+    assert len(before) == 12  # six VAEs, two U-Nets, a text encoder, a flow transformer, its T5, a ControlNet
     assert run("foundation", ["--output", "out", "--steps", "1"]) == 0
     assert before == {file: file.stat().st_mtime_ns for file in stages.rglob("*.safetensors")}
     assert load_unet(str(tmp_path / "out")).config.in_channels == load_vae(str(tmp_path / "out")).config.latent_channels

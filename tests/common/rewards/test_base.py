@@ -32,7 +32,7 @@ class Toy(Reward):
         self.dropout = nn.Dropout(0.5)
         self.requires_grad_(False).train(False)
 
-    def _score(self, x: Tensor, prompts: object) -> Tensor:
+    def _score(self, x: Tensor, prompts: object, hq: object) -> Tensor:
         return self.dropout(self.conv(x)).mean((1, 2, 3))
 
 
@@ -77,6 +77,11 @@ class TestEveryReward:
         assert x.grad.isfinite().all()
         assert (x.grad.abs().amax((1, 2, 3)) > 0).all()
         assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+    def test_does_not_look_at_a_reference(self, maker: type[Reward]) -> None:
+        reward, x = maker(), images(2, 3, 24, 20)
+        assert not reward.referenced
+        assert torch.equal(reward(x, ["a", "b"], torch.zeros(1)), reward(x, ["a", "b"]))
 
     def test_stays_in_eval_mode(self, maker: type[Reward]) -> None:
         reward, x = maker(), images(2, 3, 24, 20)

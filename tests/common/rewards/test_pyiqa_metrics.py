@@ -135,10 +135,20 @@ class TestStandIn:
         assert torch.equal(torch.get_rng_state(), before[2])
 
     def test_what_cannot_be_a_reward_is_refused(self, fake_pyiqa: list[Model]) -> None:
-        with pytest.raises(ValueError, match="pyiqa's lpips compares with a reference; a reward judges an image alone"):
+        with pytest.raises(ValueError, match="pyiqa's lpips compares with a reference; use neg_mse, neg_lpips or"):
             build_reward("pyiqa:lpips").load()
         with pytest.raises(ValueError, match="pyiqa has no metric 'clipiqq'; it has clipiqa"):
             build_reward("pyiqa:clipiqq").load()
+
+    def test_q_align_comes_with_a_warning_that_it_is_no_independent_metric_then(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        build_reward("pyiqa:musiq")
+        assert not caplog.messages
+        build_reward("pyiqa:qalign")
+        assert caplog.messages == [
+            "pyiqa:qalign is a reward now: among DNF-SR's metrics it ceases to be the independent one."
+        ]
 
     def test_weights_that_cannot_be_had_give_a_reason_of_one_line(self, fake_pyiqa: list[Model]) -> None:
         with pytest.raises(MetricUnavailableError) as caught:

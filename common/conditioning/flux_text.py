@@ -1,0 +1,97 @@
+"""FLUX's text condition: tokens of T5 and one pooled vector of CLIP, each prompt encoded once and then remembered."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.denoisers.flux import FluxText
+from common.parameters import Row, count
+from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
+
+CLIP = ("text_encoder", "tokenizer")
+T5 = ("text_encoder_2", "tokenizer_2")
+
+_CACHE_SIZE = 2048  # prompts; 512 x 4096 numbers of bfloat16 take 4.2 MB each
+_cache: OrderedDict[tuple[str, int, str], FluxText] = OrderedDict()
+
+
+@torch.no_grad()
+def encode_flux_prompts(
+    pretrained: str, prompts: Sequence[str], device: torch.device | str = "cpu", max_tokens: int = 512
+) -> FluxText:
+    """Embed prompts as FLUX's pipelines do: both padded to full length, without attention mask.
+
+    Each prompt is encoded once and remembered on the CPU; the encoders are loaded only for new ones, one after the
+    other, and freed afterwards. T5-XXL works in bfloat16, as it was published: 9.5 GB.
+
+    Args:
+        pretrained: Folder or hub id in FLUX's layout, `tiny` or `random:<architecture>`, see `common.pretrained`.
+        prompts: B prompts; what exceeds an encoder's length is cut.
+        device: Where to encode and to return the result.
+        max_tokens: N, but no more than T5's tokenizer has (FLUX.1 [dev]: 512; `tiny`: 32).
+
+    Returns:
+        The condition, (B, N, D) and (B, P), in the encoders' dtypes; on the meta device within `architecture_only()`.
+
+    Raises:
+        ValueError: There are no prompts, or no tokens.
+    """
+    if not prompts or max_tokens < 1:
+        raise ValueError(f"prompts={list(prompts)} and max_tokens={max_tokens}: give one prompt a sample, '' for none.")
+    if is_architecture_only():
+        return _encode(pretrained, list(prompts), "meta", max_tokens)
+    wanted = {prompt: (pretrained, max_tokens, prompt) for prompt in prompts}
+    found = {prompt: _cache[key] for prompt, key in wanted.items() if key in _cache}
+    fresh = [prompt for prompt in wanted if prompt not in found]
+    if fresh:
+        encoded = _encode(pretrained, fresh, device, max_tokens)
+        rows = zip(encoded.tokens.cpu(), encoded.pooled.cpu(), strict=True)
+        found |= {prompt: FluxText(*row) for prompt, row in zip(fresh, rows, strict=True)}
+    for prompt, key in wanted.items():
+        _cache[key] = found[prompt]
+        _cache.move_to_end(key)
+    while len(_cache) > _CACHE_SIZE:
+        _cache.popitem(last=False)
+    columns = zip(*(found[prompt] for prompt in prompts), strict=True)
+    return FluxText(*(torch.stack(column).to(device) for column in columns))
+
+
+def flux_text_rows(pretrained: str) -> list[Row]:
+    """What `isr parameters` prints of the two encoders, which only make a condition; counted without their weights."""
+    with architecture_only():
+        encoders = {name: load_text_encoder(pretrained, *parts)[1] for name, parts in (("CLIP", CLIP), ("T5", T5))}
+    return [Row(f"{name} of {pretrained}", "text", count(encoder).total, 0) for name, encoder in encoders.items()]
+
+
+def forget_flux_prompts() -> None:
+    """Drop remembered embeddings."""
+    _cache.clear()
+
+
+def t5_tokens(tokenizer: Any, encoder: Any, prompts: Sequence[str], max_tokens: int) -> Tensor:
+    """T5's last hidden state, (B, N, D); padding is encoded like text, as FLUX was trained."""
+    return encoder(_ids(tokenizer, encoder, prompts, min(max_tokens, tokenizer.model_max_length))).last_hidden_state
+
+
+def clip_pooled(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
+    """CLIP's state at the end of the text, (B, P)."""
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    return encoder(_ids(tokenizer, encoder, prompts, length)).pooler_output
+
+
+def _encode(pretrained: str, prompts: list[str], device: torch.device | str, max_tokens: int) -> FluxText:
+    tokenizer, encoder = load_text_encoder(pretrained, *T5, dtype=None)
+    tokens = t5_tokens(tokenizer, encoder.to(device), prompts, max_tokens)
+    del encoder  # before CLIP comes
+    tokenizer, encoder = load_text_encoder(pretrained, *CLIP)
+    return FluxText(tokens, clip_pooled(tokenizer, encoder.to(device), prompts))
+
+
+def _ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> Tensor:
+    ids = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids
+    return ids.to(next(encoder.parameters()).device)

@@ -1,0 +1,55 @@
+"""`isr export RUN -o DIR`: take a trained model away as a diffusers folder, with its averaged weights (EMA)."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.checkpoints import load_trained_weights, newest_checkpoint
+from common.training import TrainingModule
+from launch.errors import UsageError
+from launch.lightning_cli import stored_model
+from launch.parameters import parse
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Write the folder and return the exit code.
+
+    Raises:
+        UsageError: The checkpoint does not say what it is of, or its method has nothing to take away.
+    """
+    parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="checkpoint, or a run's folder, of which the newest is taken")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the networks")
+    options = parser.parse_args(list(argv))
+    path = newest_checkpoint(Path(options.run)) or Path(options.run)
+    export: Any = getattr(load(path), "export", None)
+    if export is None:
+        raise UsageError(f"{path}: its method has nothing to export; what it trains is in the checkpoint")
+    export(options.output)
+    print(f"written: {', '.join(sorted(str(folder) for folder in Path(options.output).iterdir()))}")
+    return 0
+
+
+def load(path: Path) -> TrainingModule:
+    """The model of a checkpoint, configured, with its averaged weights where it has them.
+
+    Raises:
+        UsageError: The checkpoint holds no settings: it was not written by `isr fit`.
+    """
+    settings = stored_model(path)
+    if settings is None:
+        raise UsageError(f"{path} holds no settings of a model; give a checkpoint that isr fit wrote")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump({"model": settings}, file)
+        file.flush()
+        parser, parsed = parse([file.name])
+    model: TrainingModule = parser.instantiate_classes(parsed).model
+    model.configure_model()
+    load_trained_weights(model, path, model.checkpoint_keys())
+    return model

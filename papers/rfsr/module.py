@@ -1,0 +1,360 @@
+"""RFSR: a multi-step model trained on by rewards (arXiv:2412.03268, section 3; its rollout is of arXiv:2304.05977).
+
+`configs/seesr.yaml` is the paper's run, `README.md` the card. At test time it is its base, unchanged.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from common.adapters import ATTENTION_TARGETS, add_lora, without_adapters
+from common.draws import Draws, generator
+from common.ema import EMA
+from common.files import replacing
+from common.images import to_01
+from common.losses import GramKL, dwt_low_loss, l1
+from common.losses.dwt import Wavelet
+from common.losses.gram import GramDistance, GramFeatures
+from common.parameters import Row
+from common.pretrained import is_architecture_only
+from common.restoration import Inference
+from common.rewards import Reward, build_reward, reward_loss
+from common.training import Batch
+from papers.rfsr.base import BaseSR
+from papers.rfsr.bases import Base, Conditions
+from papers.rfsr.drift import plot_drift
+from papers.rfsr.sampling import advance, bands, trained_steps
+
+HINGE = 2.0
+"""ReFL's: a reward above it is good enough. CLIP-IQA never reaches it."""
+
+
+class Start(nn.Module):
+    """Starting values of the trained parameters: with them the networks are theta', the untouched base.
+
+    Parameters and not buffers, which DDP would broadcast at every step.
+
+    Args:
+        parameters: What is trained, by name, at its starting values.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.values = nn.ParameterList([nn.Parameter(p.detach().clone(), False) for p in parameters.values()])
+
+    @contextmanager
+    def in_place_of(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Within this context the parameters have their starting values; nothing is copied."""
+        self._exchange(parameters)
+        try:
+            yield
+        finally:
+            self._exchange(parameters)
+
+    def _exchange(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for start, parameter in zip(self.values, parameters.values(), strict=True):
+            start.data, parameter.data = parameter.data, start.data
+
+
+def _trainable_by(reward: Reward) -> Reward:
+    """A reward that a single image can be trained on by its gradient.
+
+    Raises:
+        ValueError: It has none, or compares with a reference.
+    """
+    if not reward.differentiable or reward.referenced:
+        why = "compares with a reference" if reward.referenced else "has no gradient in the image"
+        raise ValueError(f"rewards={reward.name}: this reward {why}; use clipiqa, imagereward or a weightless one")
+    return reward
+
+
+class Reference(NamedTuple):
+    """What theta' says at the same z_t: its noise, and the image that this makes, (B,3,H,W) in [0,1]."""
+
+    eps: Tensor
+    x_01: Tensor
+
+
+class RFSR(BaseSR):
+    """Reward feedback on one random step of the base's sampler: early ones by the wavelet loss, late ones by rewards.
+
+    Args:
+        base: The model that is trained on.
+        trained: What is trained of it: the ControlNet and what the base's authors trained in the U-Net
+            (`base_trained`), or ControlNet and U-Net (`full`).
+        t_early_min: Steps at this timestep and above are early ones.
+        t_late_max: Steps at this timestep and below are late ones.
+        rollout: How a step's input is reached: by the steps before it (`sampler`), or not at all (`none`: the start
+            latents under the step's label, as in the released code).
+        train_cfg_scale: Guidance in training; 1 is none.
+        early_loss: Of early steps: L1 in the low band (`dwt`), of pixels (`l1`), or `none`.
+        wavelet: Of that band: one level of `haar` (the paper), or the released code's `dtcwt3`.
+        lambda_dwt: Weight of the early loss.
+        rewards: Weight of each reward of the late steps, by name; see `common.rewards.build_reward`.
+        reward_prompt: Whether rewards read the text that the generator may have lost (`kept`), or the `same`.
+        regulariser: What holds late steps to the base: Gram matrices (`gram`), noise (`kl`), adapters in the place of
+            weights (`lora`), or `none`.
+        lambda_r: Weight of `gram` or `kl`.
+        gram_features: What Gram matrices are of: `layernorm` (released code) or `plain` features.
+        gram_distance: Of two of them: `sq_frobenius` (Eq. 6) or the released code's `l1_mean`.
+        gram_weights: Of VGG19: `pretrained`, `random` or a file.
+        gram_width: Factor on its channels, for `random` only.
+        reference: theta': the whole base as it was (`full`), or its U-Net told by the trained ControlNet
+            (`shared_control`).
+        lora_rank: Of `regulariser: lora`.
+        measure_drift: Test also with theta', and write both images' rewards and their Gram distance.
+        prompt_dropout: Share of training samples whose text the generator does not see.
+        optimizer: Of what is trained.
+        lr_scheduler: Of the optimiser, stepped once an update.
+        scale: Super-resolution factor.
+        inference: How images are restored and scored.
+        seed: Of every random draw; at test time every image is given the same noise.
+        ema_decay: Decay of the average of the trained weights, which starts at the base's; null for none.
+        clip: Limit of the gradient norm; null for none.
+        accumulate: Batches whose gradients make one update.
+    """
+
+    trainable: ClassVar = {"generator": ("base.controlnet.*", "base.unet.*")}
+
+    def __init__(
+        self,
+        base: Base,
+        trained: Literal["base_trained", "full"] = "base_trained",
+        t_early_min: int = 600,
+        t_late_max: int = 200,
+        rollout: Literal["sampler", "none"] = "sampler",
+        train_cfg_scale: float = 1.0,
+        early_loss: Literal["dwt", "l1", "none"] = "dwt",
+        wavelet: Wavelet = "haar",
+        lambda_dwt: float = 5e-4,
+        rewards: dict[str, float] | None = None,
+        reward_prompt: Literal["kept", "same"] = "kept",
+        regulariser: Literal["gram", "kl", "lora", "none"] = "gram",
+        lambda_r: float = 5e-5,
+        gram_features: GramFeatures = "layernorm",
+        gram_distance: GramDistance = "sq_frobenius",
+        gram_weights: str = "pretrained",
+        gram_width: float = 1.0,
+        reference: Literal["full", "shared_control"] = "full",
+        lora_rank: int = 16,
+        measure_drift: bool = False,
+        prompt_dropout: float = 0.5,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        scale: int = 4,
+        inference: Inference | None = None,
+        seed: int = 0,
+        ema_decay: float | None = 0.999,
+        clip: float | None = 1.0,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__(
+            base, prompt_dropout, None, optimizer, lr_scheduler, scale, inference, seed, ema_decay, clip, accumulate
+        )
+        self.trained, self.regulariser, self.lambda_r = trained, regulariser, lambda_r
+        self.rollout_kind, self.train_cfg_scale, self.lora_rank = rollout, train_cfg_scale, lora_rank
+        self.early_loss, self.wavelet, self.lambda_dwt = early_loss, wavelet, lambda_dwt
+        self.reward_weights = {"clipiqa": 5e-5, "imagereward": 5e-5} if rewards is None else rewards
+        self.reward_prompt, self.reference_kind, self.measure_drift = reward_prompt, reference, measure_drift
+        self.gram_options = (gram_weights, gram_width, gram_features, gram_distance)
+        # a band without a loss has no step that could be trained
+        has_late_loss = bool(self.reward_weights) or regulariser in ("gram", "kl")
+        self.t_early_min = t_early_min if early_loss != "none" else 10**9
+        self.t_late_max = t_late_max if has_late_loss else -1
+        if ema_decay is not None:
+            self.ema = EMA(ema_decay, warmup=False)
+        self._drifts: list[dict[str, Any]] = []
+
+    # Networks
+
+    def configure_model(self) -> None:
+        """Load the base, keep its starting values as theta', and make the networks of the losses."""
+        if self.configured:
+            return
+        super().configure_model()
+        self.steps = trained_steps(self.base.timesteps, self.t_early_min, self.t_late_max)
+        self.start = Start(self.all_trainable() if self.keeps_start else {})
+        weights, width, features, distance = self.gram_options
+        self.gram = (
+            GramKL("random" if is_architecture_only() else weights, width, features, distance)
+            if self.regulariser == "gram" or self.measure_drift
+            else None
+        )
+        self.rewards = nn.ModuleDict({name: _trainable_by(build_reward(name)) for name in self.reward_weights})
+
+    def adapt(self) -> None:
+        """Add the adapters of `regulariser: lora`."""
+        if self.regulariser == "lora":
+            for network in (self.base.unet, self.base.controlnet):
+                add_lora(network, self.lora_rank, self.lora_rank, ATTENTION_TARGETS, seed=self.seed)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether theta' is kept beside theta; an adapter's base is theta' already."""
+        return self.regulariser != "lora" and (self.regulariser != "none" or self.measure_drift)
+
+    def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
+        """What this configuration trains."""
+        if self.regulariser == "lora":
+            return {"generator": ("base.controlnet.*lora_*", "base.unet.*lora_*")}
+        if self.trained == "full":
+            return {"generator": self.trainable["generator"]}
+        return {"generator": tuple(f"base.{pattern}" for pattern in self.base.trained)}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The base's networks, and those of the losses."""
+        losses: dict[str, Any] = {
+            f"reward {name}": reward for name, reward in self.rewards.items() if any(True for _ in reward.parameters())
+        }
+        return {**super().networks(), **losses, **({"loss network (VGG19)": self.gram} if self.gram else {})}
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, theta', and what makes conditions."""
+        kept = sum(value.numel() for value in self.start.values)
+        return [
+            *super().parameter_rows(),
+            *([Row("theta' (what is trained, as it was)", "copy", kept, 0)] * bool(kept)),
+        ]
+
+    def on_fit_start(self) -> None:
+        """Fetch now what the first late step would fetch; the average starts at the weights that training starts at."""
+        super().on_fit_start()
+        if self.ema is not None and not self.ema.average:
+            self.ema.start(self.all_trainable())
+        for reward in self.rewards.values():
+            assert isinstance(reward, Reward)
+            reward.load(self.device)
+
+    # Training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Section 3.5: roll out to a random step without a graph, take that one step with one, and score its image."""
+        draws, st = self.draws(batch), self.draw_step()
+        t = self.base.timesteps[st - 1]
+        which = bands(t, self.t_early_min, self.t_late_max)
+        with torch.no_grad():
+            texts, e_img = self.base.look(batch["lq"], batch["prompt"])
+            told = self.dropped(texts, draws)
+            c = self.see(batch["lq"], told, e_img)
+            z_t = self.rollout(c, st, draws)
+            x_ref = self.reference(z_t, t, c) if "late" in which and self.regulariser in ("gram", "kl") else None
+        with self.turn("generator") as update:
+            eps = self.base.predict(z_t, t, c, self.train_cfg_scale)
+            x_01 = self.image(z_t, eps, t)
+            loss = eps.new_zeros(())
+            if "early" in which:
+                loss = loss + self.fidelity_loss(x_01, batch["hq"])
+            if "late" in which:
+                loss = loss + self.preference_loss(x_01, texts if self.reward_prompt == "kept" else told)
+            if x_ref is not None:
+                loss = loss + self.lambda_r * self.regularisation_loss(eps, x_01, x_ref)
+            update(loss)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log(f"train/loss_st{st:02d}", loss.detach())
+        for band in which:
+            self.log(f"train/grad_norm_{band}", self._grad_norm)
+
+    def draw_step(self) -> int:
+        """One of the trained steps for the whole batch and all processes: their rollouts are of one length."""
+        chosen = torch.randint(len(self.steps), (), generator=generator(self.seed, "st", int(self.train_step)))
+        return self.steps[int(chosen)]
+
+    def rollout(self, c: Conditions, st: int, draws: Draws) -> Tensor:
+        """z_t, the input of step st (1 .. S): the sampler's steps 1 .. st - 1 from the base's own start latents."""
+        z = self.base.start(c, draws.normal("start", c.z_lq.shape[1:]).to(c.z_lq))
+        if self.rollout_kind == "none":
+            return z
+        sampler = self.base.sampler()
+        generators = [generator(self.seed, "rollout", index) for index in draws.index]
+        for t in self.base.timesteps[: st - 1]:
+            z = advance(sampler, self.base.predict(z, t, c, self.train_cfg_scale), t, z, generators)
+        return z
+
+    def image(self, z_t: Tensor, eps: Tensor, t: int) -> Tensor:
+        """I_t = clamp((D(x0) + 1) / 2, 0, 1) of x0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar); (B,3,H,W)."""
+        return to_01(self.base.codec.decode(self.base.schedule.x0_from_eps(z_t, eps, t))).clamp(0, 1)
+
+    def reference(self, z_t: Tensor, t: int, c: Conditions) -> Reference:
+        """The same step by theta', from the same z_t and conditions."""
+        shared = self.reference_kind == "shared_control"
+        controls = self.base.controls(z_t, t, c, self.train_cfg_scale) if shared else None
+        with self.as_it_was():
+            eps = self.base.predict(z_t, t, c, self.train_cfg_scale, controls)
+            return Reference(eps, self.image(z_t, eps, t))
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Within this context the networks are theta', the untouched base; for forward passes without a graph."""
+        if self.regulariser == "lora":
+            with without_adapters(self.base.unet), without_adapters(self.base.controlnet):
+                yield
+            return
+        with self.start.in_place_of(self.all_trainable()):
+            yield
+
+    def fidelity_loss(self, x_01: Tensor, x_hq: Tensor) -> Tensor:
+        """Eq. 2: lambda_dwt mean |LL(x_hq) - LL(I_t)|; or the same weight on L1 of pixels (Table 5)."""
+        loss = (dwt_low_loss(x_01, x_hq, self.wavelet) if self.early_loss == "dwt" else l1(x_01, x_hq)).mean()
+        self.log(f"train/{self.early_loss}", loss.detach())
+        return self.lambda_dwt * loss
+
+    def preference_loss(self, x_01: Tensor, prompts: list[str]) -> Tensor:
+        """sum_i lambda_i mean relu(2 - r_i), r_i the raw score."""
+        loss = x_01.new_zeros(())
+        for name, reward in self.rewards.items():
+            score = reward(x_01, prompts)
+            loss = loss + self.reward_weights[name] * reward_loss(score, HINGE).mean()
+            self.log(f"train/reward_{name}", score.mean().detach())
+        return loss
+
+    def regularisation_loss(self, eps: Tensor, x_01: Tensor, reference: Reference) -> Tensor:
+        """Eq. 6 on the images' Gram matrices; or |eps - eps'|^2 (Table 4's KL)."""
+        if self.regulariser == "gram":
+            assert self.gram is not None
+            loss = self.gram(x_01, reference.x_01).mean()
+        else:
+            loss = (eps - reference.eps).square().sum((1, 2, 3)).mean()
+        self.log(f"train/{self.regulariser}", loss.detach())
+        return loss
+
+    # Drift: what training has done to each test image
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Score a batch; with `measure_drift` compare it with theta' of the same noise."""
+        sr = super().test_step(batch, batch_idx, dataloader_idx)
+        if self.measure_drift:
+            with self.as_it_was():
+                was = self.upscale(batch["lq"], batch["prompt"]).sr
+            self._compare(self._dataset_name("test", dataloader_idx), batch, sr, was)
+        return sr
+
+    def _compare(self, dataset: str, batch: Batch, sr: Tensor, was: Tensor) -> None:
+        assert self.gram is not None
+        columns = {"gram": self.gram(sr, was)}
+        texts = self.base.look(batch["lq"], batch["prompt"]).texts
+        for name, reward in self.rewards.items():
+            columns |= {f"{name}_base": reward(was, texts), name: reward(sr, texts)}
+        for i, image in enumerate(batch["name"]):
+            numbers = {column: float(values[i]) for column, values in columns.items()}
+            self._drifts.append({"dataset": dataset, "image": image} | numbers)
+
+    def on_test_epoch_end(self) -> None:
+        """Write the drifts beside the scores: `drift.csv` and a figure."""
+        drifts, self._drifts = self.gathered(self._drifts), []
+        path = self._results() / "test" / "drift.csv"
+        if drifts and self.trainer.is_global_zero:
+            drifts = list({(row["dataset"], row["image"]): row for row in drifts}.values())
+            with replacing(path) as temporary, temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(drifts[0]))
+                writer.writeheader()
+                writer.writerows(drifts)
+            for name in self.rewards:
+                plot_drift(path.parent / "figures" / f"drift_{name.replace(':', '_')}.png", drifts, name)
+        super().on_test_epoch_end()

@@ -1,0 +1,172 @@
+"""FLUX's text: what diffusers' pipeline makes of prompts, once for each prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from torch.testing import assert_close
+from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from common import pretrained as loaders
+from common.conditioning import flux_text as module
+from common.conditioning.flux_text import encode_flux_prompts, flux_text_rows, forget_flux_prompts
+from common.parameters import Row
+from common.pretrained import architecture_only, load_text_encoder
+
+KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
+PROMPTS = ["a cat", "", "a very long prompt " * 5]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two small random encoders in FLUX's layout, with byte-level tokenizers."""
+    root = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    CLIPTextModel(clip).save_pretrained(root / "text_encoder")
+    ByT5Tokenizer(model_max_length=32).save_pretrained(root / "tokenizer")
+    t5 = T5Config(
+        vocab_size=384,
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,  # as FLUX's config says; the encoder's own embedding is tied all the same
+    )
+    T5EncoderModel(t5).save_pretrained(root / "text_encoder_2")
+    ByT5Tokenizer(model_max_length=40).save_pretrained(root / "tokenizer_2")
+    return str(root)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    forget_flux_prompts()
+    yield
+    forget_flux_prompts()
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Subfolders of the encoders loaded."""
+    seen: list[str] = []
+
+    def load(pretrained: str, *parts: str, **kwargs: object) -> object:
+        seen.append(parts[0])
+        return load_text_encoder(pretrained, *parts, **kwargs)  # type: ignore[arg-type]  # as given
+
+    monkeypatch.setattr(module, "load_text_encoder", load)
+    return seen
+
+
+def test_is_what_diffusers_kontext_pipeline_encodes(folder: str) -> None:
+    (clip_tokenizer, clip), (t5_tokenizer, t5) = (load_text_encoder(folder, *p) for p in (module.CLIP, module.T5))
+    pipeline = FluxKontextPipeline(None, None, clip, clip_tokenizer, t5, t5_tokenizer, None)
+    with torch.no_grad():
+        tokens, pooled, _ = pipeline.encode_prompt(PROMPTS, prompt_2=None, device="cpu", max_sequence_length=20)
+    text = encode_flux_prompts(folder, PROMPTS, max_tokens=20)
+    assert text.tokens.shape == (3, 20, 24)
+    assert_close(text.tokens, tokens)
+    assert_close(text.pooled, pooled)
+    assert (text.pooled[0] - text.pooled[1]).abs().max() > 1e-3
+
+
+def test_t5s_one_embedding_is_read_from_the_file(folder: str) -> None:
+    """A file of FLUX's holds `shared.weight` alone; an encoder's embedding of its own would be random."""
+    _, encoder = load_text_encoder(folder, *module.T5)
+    assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
+    assert torch.equal(encoder.shared.weight, T5EncoderModel.from_pretrained(f"{folder}/text_encoder_2").shared.weight)
+
+
+def test_length_is_asked_for_and_bounded_by_the_tokenizer(folder: str) -> None:
+    for asked, given in ((8, 8), (40, 40), (512, 40)):
+        assert encode_flux_prompts(folder, ["a"], max_tokens=asked).tokens.shape == (1, given, 24)
+
+
+def test_order_and_repeats_are_kept_and_encoders_loaded_for_new_prompts_alone(folder: str, loads: list[str]) -> None:
+    a, b = encode_flux_prompts(folder, ["a"]), encode_flux_prompts(folder, ["b"])
+    assert loads == ["text_encoder_2", "text_encoder"] * 2
+    both = encode_flux_prompts(folder, ["b", "a", "b"])
+    assert len(loads) == 4
+    assert torch.equal(both.tokens, torch.cat([b.tokens, a.tokens, b.tokens]))
+    assert torch.equal(both.pooled, torch.cat([b.pooled, a.pooled, b.pooled]))
+    encode_flux_prompts(folder, ["a"], max_tokens=8)  # another length is another condition
+    assert len(loads) == 6
+
+
+def test_what_it_remembers_is_bounded(folder: str, loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CACHE_SIZE", 2)
+    encode_flux_prompts(folder, ["a", "b"])
+    encode_flux_prompts(folder, ["a"])
+    encode_flux_prompts(folder, ["c"])  # pushes out b, used longest ago
+    encode_flux_prompts(folder, ["a", "c"])
+    assert len(loads) == 4
+    encode_flux_prompts(folder, ["b"])
+    assert len(loads) == 6
+
+
+def test_a_caller_cannot_spoil_what_is_remembered_and_gradients_flow_past_it(folder: str) -> None:
+    with torch.inference_mode():
+        encode_flux_prompts(folder, ["a"])
+    first = encode_flux_prompts(folder, ["a"])
+    kept = first.tokens.clone()
+    first.tokens.zero_()
+    again = encode_flux_prompts(folder, ["a"]).tokens
+    assert torch.equal(again, kept)
+    weight = torch.ones(1, requires_grad=True)
+    (weight * again).sum().backward()  # fails for tensors that stem from inference mode
+    assert weight.grad is not None
+
+
+def test_nothing_to_encode_is_refused(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"prompts=\[\]"):
+        encode_flux_prompts(folder, [])
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        encode_flux_prompts(folder, ["a"], max_tokens=0)
+
+
+def test_a_large_t5_works_in_bfloat16_and_a_small_one_in_float32(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = encode_flux_prompts(folder, ["a"])
+    assert (exact.tokens.dtype, exact.pooled.dtype) == (torch.float32, torch.float32)
+    forget_flux_prompts()
+    config = json.loads((Path(folder) / "text_encoder_2/config.json").read_text())
+    size = 384 * config["d_model"] + 2 * (4 * 24 * 16 + 3 * 24 * 32 + 2 * 24) + 32 * 2 + 24  # by hand
+    monkeypatch.setattr(loaders, "_LARGE", size + 1)
+    assert encode_flux_prompts(folder, ["a"]).tokens.dtype == torch.float32
+    forget_flux_prompts()
+    monkeypatch.setattr(loaders, "_LARGE", size)
+    rounded = encode_flux_prompts(folder, ["a"])
+    assert rounded.tokens.dtype == torch.bfloat16
+    assert_close(rounded.tokens.float(), exact.tokens, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.usefixtures("no_network")
+class TestWithoutWeights:
+    def test_rows_of_flux_have_the_published_counts(self) -> None:
+        assert flux_text_rows(KONTEXT) == [
+            Row(f"CLIP of {KONTEXT}", "text", 123_060_480, 0),
+            Row(f"T5 of {KONTEXT}", "text", 4_762_310_656, 0),
+        ]
+
+    def test_gives_the_shapes_alone_and_remembers_nothing(self) -> None:
+        with architecture_only():
+            text = encode_flux_prompts(KONTEXT, ["a", "b"], max_tokens=512)
+        assert text.tokens.is_meta
+        assert (text.tokens.shape, text.tokens.dtype) == ((2, 512, 4096), torch.bfloat16)
+        assert text.pooled.shape == (2, 768)
+        assert not module._cache
