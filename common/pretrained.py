@@ -17,7 +17,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -246,12 +246,27 @@ def _load_transformers_model(
             size = count(model_class(model_class.config_class.from_dict(config))).total
         dtype = torch.bfloat16 if size >= _LARGE else torch.float32
     if source.has_weights and not is_architecture_only():
-        return _read_weights(
-            lambda: model_class.from_pretrained(source.root / subfolder, dtype=dtype, local_files_only=True),
-            pretrained,
-            subfolder,
-        )
+        with _no_bars() if source.root == TINY else nullcontext():
+            return _read_weights(
+                lambda: model_class.from_pretrained(source.root / subfolder, dtype=dtype, local_files_only=True),
+                pretrained,
+                subfolder,
+            )
     return _build(lambda: model_class(model_class.config_class.from_dict(config)), pretrained, subfolder, dtype, seed)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Within this context transformers draws no progress bars: the tiny encoders are read in no time, and often."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) -> None:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # exported at run time
@@ -26,6 +26,15 @@ from launch.lightning_cli import Parser
 
 OTHER_SECTIONS = ("data", "trainer", "checkpoint", "seed_everything", "runs", "name", "ckpt_path", "init_from")
 """Top-level keys of configs that say nothing about the model; their contents are not looked at."""
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A model whose memory is worth a plan."""
+
+    def memory_plan(self) -> dict[str, int]:
+        """Bytes of what training holds, by what it is."""
+        ...
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -105,7 +114,7 @@ def summary(model: LightningModule) -> dict[str, Any]:
 
     Returns:
         `networks`: rows as dicts; `sums`: the paper's own sums; `total` and `trainable` over all networks but text
-        encoders; `optimizers`: how much each of them trains.
+        encoders; `optimizers`: how much each of them trains; `bytes`: its memory plan, empty where it has none.
     """
     if isinstance(model, TrainingModule):
         rows, sums = model.parameter_rows(), model.parameter_sums()
@@ -122,6 +131,7 @@ def summary(model: LightningModule) -> dict[str, Any]:
         "total": sum(row.total for row in held),
         "trainable": sum(row.trainable for row in held),
         "optimizers": optimizers,
+        "bytes": model.memory_plan() if isinstance(model, Planned) else {},
     }
 
 
@@ -134,8 +144,9 @@ def table(title: str, counted: dict[str, Any]) -> str:
     lines.append(("all of these", "", f"{counted['total']:,}", f"{counted['trainable']:,}"))
     lines += [(f"optimiser: {name}", "", "", f"{number:,}") for name, number in counted["optimizers"].items()]
     lines += [(f"sum: {name}", "", f"{number:,}", "") for name, number in counted["sums"].items()]
+    plan = [(name, "bytes", f"{number:,}", _size(number)) for name, number in counted["bytes"].items()]
     apart = [(r["name"], r["kind"], f"{r['total']:,}", f"{r['trainable']:,}") for r in rows if r["kind"] == "text"]
-    widths = [max(len(line[column]) for line in [*lines, *apart]) for column in range(4)]
+    widths = [max(len(line[column]) for line in [*lines, *apart, *plan]) for column in range(4)]
 
     def text(line: tuple[str, str, str, str]) -> str:
         name, kind, total, trained = line
@@ -146,7 +157,17 @@ def table(title: str, counted: dict[str, Any]) -> str:
     body = [text(lines[0]), dashes, *map(text, lines[1:rule]), dashes, *map(text, lines[rule:])]
     if apart:
         body += [dashes, *map(text, apart), "text encoders only make a condition and are not part of the totals"]
+    if plan:
+        body += [
+            dashes,
+            *map(text, plan),
+            "memory of training, without activations and the networks of losses and rewards",
+        ]
     return "\n".join([title, *body])
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def _children(model: LightningModule) -> list[Row]:

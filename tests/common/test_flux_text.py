@@ -109,6 +109,32 @@ def test_order_and_repeats_are_kept_and_encoders_loaded_for_new_prompts_alone(fo
     assert len(loads) == 6
 
 
+def test_kept_encoders_serve_other_prompts_until_they_are_forgotten(folder: str, loads: list[str]) -> None:
+    alone = encode_flux_prompts(folder, ["b"])
+    forget_flux_prompts()
+    loads.clear()
+    encode_flux_prompts(folder, ["a"], keep=True)
+    assert torch.equal(encode_flux_prompts(folder, ["b"], keep=True).tokens, alone.tokens)
+    assert loads == ["text_encoder_2", "text_encoder"]
+    forget_flux_prompts()
+    encode_flux_prompts(folder, ["c"])
+    assert len(loads) == 4
+
+
+def test_embeddings_in_a_folder_need_no_encoder_and_depend_on_the_length(
+    folder: str, loads: list[str], tmp_path: Path
+) -> None:
+    first = encode_flux_prompts(folder, ["a", "b"], folder=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    forget_flux_prompts()
+    loads.clear()
+    again = encode_flux_prompts(folder, ["b", "a"], folder=tmp_path)
+    assert loads == []
+    assert torch.equal(again.tokens, first.tokens.flip(0))
+    assert torch.equal(again.pooled, first.pooled.flip(0))
+    assert encode_flux_prompts(folder, ["a"], max_tokens=8, folder=tmp_path).tokens.shape[1] == 8
+
+
 def test_what_it_remembers_is_bounded(folder: str, loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CACHE_SIZE", 2)
     encode_flux_prompts(folder, ["a", "b"])

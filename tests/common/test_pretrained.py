@@ -390,3 +390,13 @@ class TestWrongCheckpoint:
 
     def test_the_right_one_passes(self, folder: Path) -> None:
         assert load_unet(str(folder), expect="epsilon").config.sample_size == 8
+
+
+def test_the_tiny_encoders_are_read_without_a_progress_bar_and_others_keep_theirs(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from transformers.utils import logging as bars
+
+    load_text_encoder("tiny")
+    assert "Loading" not in capfd.readouterr().err
+    assert bars.is_progress_bar_enabled()

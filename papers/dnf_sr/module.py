@@ -1,0 +1,228 @@
+"""DNF-SR's one step: an image-editing flow model takes the noised low-quality latent for the image it is making.
+
+Both stages restore so. `sft.py` is stage 1, `nf2t.py` stage 2, `README.md` the card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from common.adapters import adapter_names, count_lora
+from common.autoencoder import ImageCodec
+from common.conditioning.captions import Captioner
+from common.conditioning.flux_text import encode_flux_prompts, flux_text_rows
+from common.denoisers.flux import FluxDenoiser, FluxText
+from common.diffusion import flow_clean, flow_noise
+from common.draws import Draws
+from common.images import bicubic_upsample, to_01, to_pm1
+from common.losses import build_image_loss
+from common.metrics import to_uint8
+from common.parameters import Row
+from common.pretrained import architecture_only, is_architecture_only, load_diffusers_model, load_vae
+from common.restoration import RestorationModule
+
+SUFFIX = "Make this image more realistic and detailed."
+"""What follows every caption (the paper's Figure 4)."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Slots(NamedTuple):
+    """Latents (B,C,h,w) on their way into the step, and the one that it starts from."""
+
+    target: Tensor
+    """In the place of the image to make."""
+    reference: Tensor | None
+    """In the place of the image to edit."""
+    start: Tensor
+    """What t v is taken off."""
+
+
+class FlowRestorer(RestorationModule):
+    """What both stages share: the frozen flow model and its one step; see the file's head.
+
+    Args:
+        pretrained: VAE, transformer and text encoders: hub id, diffusers folder, `tiny` or `random:<architecture>`.
+        base_dtype: Of the frozen transformer; adapters and VAE are float32.
+        input: `dual`: the noised low-quality latent is the image to make, the clean one the image to edit. `mix`: the
+            former alone. `lr`: the clean latent is the image to make, without noise.
+        t_mid: Time of the step, in (0, 1]; at 1 the noised latent is noise alone.
+        clean_estimate: What t v is taken off: the target `slot`, or the clean low-quality latent (`z_lq`), as the
+            supplement prints.
+        guidance: What a guidance-distilled transformer is told.
+        prompt: Text for every image in the place of its own; null takes the data's captions.
+        prompt_suffix: What follows every text.
+        captioner: Image-to-text model (hub id or folder) that writes each low-quality image's text at test time in the
+            place of the data's.
+        max_tokens: Length of the text's tokens.
+        keep_text_encoders: Keep T5 and CLIP loaded, for texts that change from batch to batch; else they are loaded for
+            every text that was not met before, and freed.
+        text_cache: Folder in which texts' embeddings are kept from run to run; null for none.
+        lora_rank: Of all adapters.
+        lora_alpha: Likewise; the scale is alpha / rank.
+        dists: Loss in feature space.
+        dists_weights: Of its VGG16: `pretrained`, `random` or a file.
+        dists_width: Factor on its channels, for `random` only.
+        optimizer: Of the adapters.
+        lr_scheduler: Of that optimiser, stepped once an update.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        **kwargs: As for every method: `scale`, `inference`, `seed`, `ema_decay`, `clip`, `accumulate`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "black-forest-labs/FLUX.1-Kontext-dev",
+        base_dtype: Literal["float32", "bfloat16"] = "float32",
+        input: Literal["dual", "mix", "lr"] = "dual",
+        t_mid: float = 0.5,
+        clean_estimate: Literal["slot", "z_lq"] = "slot",
+        guidance: float = 1.0,
+        prompt: str | None = None,
+        prompt_suffix: str = SUFFIX,
+        captioner: str | None = None,
+        max_tokens: int = 512,
+        keep_text_encoders: bool = False,
+        text_cache: str | None = None,
+        lora_rank: int = 64,
+        lora_alpha: float = 64,
+        dists: Literal["dists", "ea_dists"] = "dists",
+        dists_weights: str = "pretrained",
+        dists_width: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 < t_mid <= 1:
+            raise ValueError(f"t_mid={t_mid} is out of range; set a time above 0, 1 at most")
+        self.pretrained, self.base_dtype, self.input, self.t_mid = pretrained, base_dtype, input, t_mid
+        self.clean_estimate, self.guidance = clean_estimate, guidance
+        self.prompt, self.prompt_suffix, self.max_tokens = prompt, prompt_suffix, max_tokens
+        self.keep_text_encoders, self.text_cache = keep_text_encoders, text_cache
+        self.captioner = Captioner(captioner) if captioner is not None else None
+        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
+        self.dists_kind, self.dists_weights, self.dists_width = dists, dists_weights, dists_width
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.flow: FluxDenoiser | None = None
+        self.noise_sample = 0  # number of the noise that `restore` takes
+
+    # Networks
+
+    def _configure_flow(self) -> FluxDenoiser:
+        """VAE, transformer and the loss's network, all frozen; returns the transformer for `self.flow`."""
+        self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
+        dtype = DTYPES[self.base_dtype]
+        transformer = load_diffusers_model(FluxTransformer2DModel, self.pretrained, "transformer", dtype)
+        if transformer.config.in_channels != 4 * self.codec.latent_channels:
+            raise ValueError(
+                f"pretrained={self.pretrained}: the transformer takes tokens of {transformer.config.in_channels}, "
+                f"2x2 pixels of the VAE's latents are {4 * self.codec.latent_channels}; give a FLUX with its own VAE"
+            )
+        self.size_multiple = math.lcm(2 * self.codec.downscale, self.scale) // self.scale
+        weights = "random" if is_architecture_only() else self.dists_weights
+        self.dists = build_image_loss(self.dists_kind, weights, self.dists_width)
+        return FluxDenoiser(transformer, self.gradient_checkpointing)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by the paper's names."""
+        assert self.flow is not None
+        networks: dict[str, nn.Module] = {"transformer": self.flow.transformer, "VAE": self.codec}
+        return networks | ({"loss network (VGG16)": self.dists} if isinstance(self.dists, nn.Module) else {})
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, adapters with their number of layers, and the text encoders."""
+        networks, rows = self.networks(), []
+        for row in super().parameter_rows():
+            adapted = networks.get(row.name.removesuffix(" LoRA"))
+            if row.kind == "adapter" and adapted is not None:
+                layers = max(count_lora(adapted, name).layers for name in adapter_names(adapted))
+                row = replace(row, name=f"{row.name} ({layers} layers)")
+            rows.append(row)
+        return [*rows, *flux_text_rows(self.pretrained)]
+
+    def memory_plan(self) -> dict[str, int]:
+        """Bytes of what training holds, by what it is; activations are not among them."""
+        assert self.flow is not None
+        with architecture_only():
+            text = encode_flux_prompts(self.pretrained, [""], max_tokens=self.max_tokens)
+        plan = {
+            f"transformer, {self.base_dtype}, once": _base_bytes(self.flow.transformer),
+            "VAE": _base_bytes(self.codec),
+            "text of one caption (the encoders need not stay)": sum(part.nbytes for part in text),
+        }
+        for name in self.trainable_patterns():
+            weights = sum(parameter.nbytes for parameter in self.trainable_parameters(name))
+            plan |= {f"{name}: weights and gradients": 2 * weights, f"{name}: two moments of Adam": 2 * weights}
+        return plan
+
+    def configure_optimizers(self) -> Any:
+        """One for each of `trainable_patterns`; only the first is scheduled."""
+        optimizers = [self._make_optimizer(name) for name in self.trainable_patterns()]
+        return optimizers, [self.lr_scheduler(optimizers[0])] if self.lr_scheduler is not None else []
+
+    def _make_optimizer(self, name: str) -> torch.optim.Optimizer:
+        return self.optimizer(self.trainable_parameters(name))
+
+    # The step, section 3.3
+
+    def encode(self, x_lq: Tensor) -> Tensor:
+        """z_L = E(x_L) of low-quality images (B,3,h,w) in [0,1], enlarged: (B,C,h',w'), the posterior's mode."""
+        return self.codec.encode(to_pm1(bicubic_upsample(x_lq, self.scale)))
+
+    def fill(self, z_lq: Tensor, eps: Tensor) -> Slots:
+        """Z_mix = (1 - t) z_L + t eps as the image to make, z_L as the image to edit; see `input`."""
+        target = z_lq if self.input == "lr" else flow_noise(z_lq, eps, self.t_mid)
+        return Slots(target, z_lq if self.input == "dual" else None, target if self.clean_estimate == "slot" else z_lq)
+
+    def velocity(self, slots: Slots, text: FluxText) -> Tensor:
+        """The flow's v = F(z_mix, z_L, t, c), (B,C,h',w')."""
+        assert self.flow is not None
+        return self.flow(slots.target, self.t_mid, text, slots.reference, self.guidance)
+
+    def clean(self, slots: Slots, v: Tensor) -> Tensor:
+        """z_H = z_mix - t v."""
+        return flow_clean(slots.start, v, self.t_mid)
+
+    def text(self, prompts: list[str]) -> FluxText:
+        """What the transformer is told: each caption (or `prompt`) and the suffix."""
+        texts = [prompt if self.prompt is None else self.prompt for prompt in prompts]
+        texts = [f"{text.strip()} {self.prompt_suffix}".strip() for text in texts]
+        return encode_flux_prompts(
+            self.pretrained, texts, self.device, self.max_tokens, self.keep_text_encoders, self.text_cache
+        )
+
+    # Inference
+
+    def prepare(self, x_lq: Tensor, prompts: list[str]) -> FluxText:
+        """The text belongs to the whole image."""
+        return self.text(prompts if self.captioner is None else self.captioner.to(self.device)(x_lq))
+
+    def restore(self, x_lq: Tensor, conditions: FluxText) -> Tensor:
+        """One transformer call between one encoding and one decoding, with the noise of `test_noise`."""
+        z_lq = self.encode(x_lq)
+        slots = self.fill(z_lq, self.test_noise(x_lq, z_lq.shape[1:], self.noise_sample))
+        return to_01(self.codec.decode(self.clean(slots, self.velocity(slots, conditions))).clamp(-1, 1))
+
+    def test_noise(self, x_lq: Tensor, shape: torch.Size, sample: int = 0) -> Tensor:
+        """Noise (B,*shape) that follows from the seed and each image's (or tile's) pixels.
+
+        So a repeated or resumed prediction gives the same file, and neither batch, process nor order matter.
+        """
+        pixels = to_uint8(x_lq).cpu().numpy()
+        keys = [int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=7).digest(), "big") for image in pixels]
+        return Draws(self.seed, torch.tensor(keys), self.device).normal(f"test/noise{sample}", shape)
+
+
+def _base_bytes(module: nn.Module) -> int:
+    named = dict(module.named_parameters())
+    return sum(p.nbytes for name, p in named.items() if "lora_" not in name)

@@ -1,0 +1,475 @@
+"""DNF-SR, stage 2: negative-aware feature fine-tuning (NF2T) of the transformer by rewards (section 3.4, Algorithm 1).
+
+`configs/kontext_nf2t.yaml` is the paper's run; `losses.py` has the equations, `module.py` the step itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.adapters import (
+    adapter_state,
+    add_lora,
+    load_adapter_state,
+    merge,
+    set_adapter,
+    vae_encoder_targets,
+    without_adapters,
+)
+from common.checkpoints import read_stage, trained_state
+from common.denoisers.flux import FLUX_TARGETS, FluxText
+from common.diffusion import flow_velocity
+from common.images import to_01
+from common.losses import mse
+from common.metrics import to_uint8
+from common.parameters import Row
+from common.pretrained import is_architecture_only
+from common.rewards import Reward, build_reward
+from common.training import Batch
+from papers.dnf_sr.figures import Comparison, write_comparison
+from papers.dnf_sr.losses import (
+    Schedule,
+    Std,
+    nft_loss,
+    normalised_rewards,
+    old_share,
+    on_policy_loss,
+    self_normalised_nft_loss,
+    two_branches,
+)
+from papers.dnf_sr.module import FlowRestorer, Slots
+
+OLD, THETA = "old", "theta"
+SHARED = ("input", "t_mid", "clean_estimate", "guidance", "prompt_suffix", "base_dtype", "lora_rank", "lora_alpha")
+"""Settings that must be stage 1's."""
+
+
+class Sample(NamedTuple):
+    """One restoration of each image of a batch by the old policy."""
+
+    eps: Tensor
+    """Its noise, (B,C,h,w)."""
+    z: Tensor
+    """Clean latent, (B,C,h,w)."""
+    x: Tensor
+    """Image, (B,3,H,W), in [-1,1]."""
+
+
+class Objective(NamedTuple):
+    """What the gradient step makes of one restoration of each image."""
+
+    surrogate: Tensor
+    """A number whose gradient at theta is the objective's."""
+    said: dict[str, Tensor]
+    """Numbers to log, without a graph."""
+
+
+class NF2T(FlowRestorer):
+    """Stage 2: the transformer's adapter learns from the rewards of K restorations of each image.
+
+    Two adapters on one frozen base are the policies: `theta`, which is trained, and `old`, which makes the restorations
+    and follows theta. Both start as stage 1's; its encoder is merged and frozen.
+
+    Args:
+        sft: Stage 1's checkpoint, or its run, e.g. `runs/dnf_sr/kontext_sft`, whose newest checkpoint is taken.
+        variant: `nf2t`: positive and negative branch in image and feature space. `nft`: in velocity space, as
+            DiffusionNFT.
+        rewards: What judges the restorations, with equal weights, see `common.rewards.build_reward`.
+        reward_args: Further arguments of a reward, by its name.
+        group_size: K, restorations of one image.
+        beta: Mixing of the policies; 1 / beta is the guidance strength.
+        std: Standard deviation of a group: of the `population` (1 / K) or the `sample` (1 / (K - 1)).
+        rec_weights: Weights of MSE and DISTS in L_rec.
+        updates_per_rollout: 1 sums a group's gradients into one update; K makes one of each restoration.
+        eta_schedule: Share of itself that `old` keeps at the end of a round: none (`hard_copy`), or DiffusionNFT's
+            `type1` or `type2`.
+        fast_on_policy: Use that v = v_old where each rollout is followed by one update and a hard copy: half the
+            transformer calls and decodings of the gradient step, the same gradient.
+        nf2t_noise: Noise of the gradient step: `fresh`, or the `rollout`'s own, which carries no reward signal.
+        nft_factor: For `nft` alone: scale each branch by its own error, and both by this over beta (DiffusionNFT: 5);
+            null for the plain objective.
+        nft_kl: For `nft` alone: weight of |v - v_base|^2 (DiffusionNFT: 1e-4), v_base without any adapter.
+        compared: Noises by which a test compares each image's restoration with stage 1's, by rewards; 0 for none.
+        pictured: Number of the test image of which K restorations before and after are drawn.
+        **kwargs: As for `FlowRestorer`.
+    """
+
+    trainable: ClassVar = {THETA: ("flow.transformer.*lora_*",)}
+
+    def __init__(
+        self,
+        sft: str = "runs/dnf_sr/kontext_sft",
+        variant: Literal["nf2t", "nft"] = "nf2t",
+        rewards: tuple[str, ...] = ("clipiqa", "pyiqa:musiq", "pyiqa:maniqa-pipal", "neg_lpips", "neg_dists"),
+        reward_args: dict[str, dict[str, Any]] | None = None,
+        group_size: int = 8,
+        beta: float = 1.0,
+        std: Std = "population",
+        rec_weights: tuple[float, float] = (2.0, 5.0),
+        updates_per_rollout: Literal[1, "K"] = 1,
+        eta_schedule: Schedule = "hard_copy",
+        fast_on_policy: bool = False,
+        nf2t_noise: Literal["fresh", "rollout"] = "fresh",
+        nft_factor: float | None = None,
+        nft_kl: float = 0.0,
+        compared: int = 1,
+        pictured: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+        self.sft, self.variant, self.reward_names, self.reward_args = sft, variant, rewards, reward_args or {}
+        self.group_size, self.beta, self.std, self.rec_weights = group_size, beta, std, rec_weights
+        self.updates_per_rollout, self.eta_schedule = updates_per_rollout, eta_schedule
+        self.fast_on_policy, self.nf2t_noise = fast_on_policy, nf2t_noise
+        self.nft_factor, self.nft_kl = nft_factor, nft_kl
+        self.compared, self.pictured = compared, pictured
+        self._check()
+        self._policy = THETA
+        self._sft_adapter: dict[str, Tensor] = {}
+        self._comparison: list[Comparison] = []
+
+    def _check(self) -> None:
+        """Settings that contradict each other."""
+        if self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size} is out of range; a group to compare in has 2 or more")
+        if not self.reward_names:
+            raise ValueError("rewards is empty; name at least one, e.g. [clipiqa, neg_lpips]")
+        if set(self.reward_args) - set(self.reward_names):
+            unknown = sorted(set(self.reward_args) - set(self.reward_names))
+            raise ValueError(f"reward_args is for {unknown}, which are not in rewards={list(self.reward_names)}")
+        if self.input == "lr":
+            raise ValueError("input=lr takes no noise, so all restorations of a group are equal; use dual or mix")
+        if self.updates_per_rollout == "K" and self.accumulate != 1:
+            raise ValueError(f"accumulate={self.accumulate} with updates_per_rollout=K: set one of them to 1")
+        off_policy = self.updates_per_rollout != 1 or self.eta_schedule != "hard_copy" or self.accumulate != 1
+        if self.fast_on_policy and (off_policy or self.variant != "nf2t"):
+            raise ValueError(
+                "fast_on_policy=true holds where v = v_old: set variant=nf2t, updates_per_rollout=1, "
+                "eta_schedule=hard_copy and accumulate=1, or fast_on_policy=false"
+            )
+
+    # Networks
+
+    def configure_model(self) -> None:
+        """Build the networks, open stage 1 and load the frozen weights; Lightning may call this more than once."""
+        if self.flow is not None:
+            return
+        flow = self._configure_flow()
+        for name in (OLD, THETA):
+            add_lora(flow.transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, name, seed=self.seed)
+        if not is_architecture_only():
+            self._open_sft(flow.transformer)
+        _make_buffers(flow.transformer, OLD)
+        set_adapter(flow.transformer, THETA)
+        self.rewards = nn.ModuleDict({name: self._reward(name) for name in self.reward_names})
+        self.flow = flow
+
+    def _reward(self, name: str) -> Reward:
+        arguments = self.reward_args.get(name, {})
+        if is_architecture_only() and name in ("neg_lpips", "neg_dists"):
+            arguments = {**arguments, "weights": "random"}
+        return build_reward(name, **arguments)
+
+    def _open_sft(self, transformer: nn.Module) -> None:
+        """E_ref: stage 1's encoder, merged. v_ref: its adapter, with which both policies start.
+
+        Raises:
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: It is another stage's, or was trained with other settings.
+        """
+        checkpoint = read_stage(self.sft, "sft", "papers.dnf_sr.DNFSR")
+        settings = checkpoint["hyper_parameters"]
+        for key in SHARED:
+            if settings.get(key, getattr(self, key)) != getattr(self, key):
+                raise ValueError(f"sft={self.sft} was trained with {key}={settings[key]}; set model.{key} to that")
+        state = trained_state(checkpoint)
+        add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, vae_encoder_targets(self.codec.vae))
+        load_adapter_state(self.codec.vae, _adapter_of(state, "codec.vae."))
+        merge(self.codec.vae)
+        self._sft_adapter = _adapter_of(state, "flow.transformer.")
+        for name in (OLD, THETA):
+            load_adapter_state(transformer, self._sft_adapter, name)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by the paper's names, and the rewards' that are modules (pyiqa's are opened when needed)."""
+        judges = {f"reward {name}": reward for name, reward in self.rewards.items() if list(reward.parameters())}
+        return super().networks() | judges
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, and `old` beside `theta`."""
+        rows: list[Row] = []
+        for row in super().parameter_rows():
+            if row.name.startswith("transformer LoRA"):
+                row = replace(row, name=row.name.replace("LoRA", f"LoRA {THETA}"))
+                copy = replace(row, name=row.name.replace(THETA, OLD), kind="copy", trainable=0)
+                rows += [row, replace(copy, total=sum(weight.numel() for weight in self._old()))]
+            else:
+                rows.append(row)
+        return rows
+
+    def memory_plan(self) -> dict[str, int]:
+        """As for stage 1; `old`, and what three copies of the transformer would take in the place of adapters."""
+        plan = super().memory_plan()
+        (base, *_) = plan.values()
+        return plan | {
+            f"{OLD}: weights": sum(weight.nbytes for weight in self._old()),
+            "instead of adapters: three copies of the transformer": 3 * base,
+        }
+
+    def checkpoint_keys(self) -> set[str]:
+        """What is trained, and the old policy."""
+        return super().checkpoint_keys() | {key for key in self.state_dict() if _is_of(key, OLD)}
+
+    # Policies: two adapters on one base
+
+    @contextmanager
+    def policy(self, name: str) -> Iterator[None]:
+        """Within this context the transformer is the policy of that name; outside it is theta.
+
+        A backward pass belongs outside: gradient checkpointing recomputes with the adapter that is active then.
+        """
+        assert self.flow is not None
+        before = self._policy
+        set_adapter(self.flow.transformer, name)  # leaves requires_grad alone, which peft's own would not
+        self._policy = name
+        try:
+            yield
+        finally:
+            set_adapter(self.flow.transformer, before)
+            self._policy = before
+
+    @contextmanager
+    def stage_one(self) -> Iterator[None]:
+        """Within this context the transformer is stage 1's policy, which stands in the place of `old`."""
+        assert self.flow is not None
+        kept = {key: value.clone() for key, value in adapter_state(self.flow.transformer, OLD).items()}
+        load_adapter_state(self.flow.transformer, self._sft_adapter, OLD)
+        try:
+            with self.policy(OLD):
+                yield
+        finally:
+            load_adapter_state(self.flow.transformer, kept, OLD)
+
+    def _old(self) -> list[Tensor]:
+        """Weights of the old policy, in the order of theta's."""
+        assert self.flow is not None
+        return [weight for key, weight in self.flow.transformer.named_buffers() if _is_of(key, OLD)]
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Fetch the rewards' weights now, so that a run fails before it starts."""
+        super().on_fit_start()
+        for reward in self._judges().values():
+            reward.load(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Algorithm 1: a round of rollout (lines 5 to 12), gradient steps (13 to 23) and online update (24)."""
+        draws, text = self.draws(batch), self.text(batch["prompt"])
+        # 14. z_L = E_ref(x_L)
+        with torch.no_grad():
+            z_lq = self.encode(batch["lq"])
+        noises = [draws.normal(f"rollout/{k}", z_lq.shape[1:]) for k in range(self.group_size)]
+        # 6. K restorations by v_old
+        samples = self.rollout(z_lq, noises, text)
+        # 7.-10. Raw rewards, standardised in their group, through the normal distribution function, averaged
+        r = self.judge(samples, batch)
+        said = []
+        with self.turn(THETA) as update:
+            for k, sample in enumerate(samples):
+                # 15. z_t = t eps + (1 - t) z_L, with fresh noise
+                eps = draws.normal(f"gradient/{k}", z_lq.shape[1:]) if self.nf2t_noise == "fresh" else sample.eps
+                # 16.-21. L+ and L-
+                objective = self.policy_objective(sample, r[k], self.fill(z_lq, eps), text)
+                # 22. theta <- theta - lambda grad [L+ + L-]
+                self.descend(update, objective.surrogate, last=k == self.group_size - 1)
+                said.append(objective.said)
+        # 24. v_old <- eta v_old + (1 - eta) v_theta
+        self.follow()
+        self.log_dict({f"train/{name}": torch.stack([one[name] for one in said]).mean() for name in said[0]})
+
+    @torch.no_grad()
+    def rollout(self, z_lq: Tensor, noises: list[Tensor], text: FluxText) -> list[Sample]:
+        """Restore each image of the batch once with each noise by the old policy."""
+        samples = []
+        with self.policy(OLD):
+            for eps in noises:
+                slots = self.fill(z_lq, eps)
+                z = self.clean(slots, self.velocity(slots, text))
+                samples.append(Sample(eps, z, self.codec.decode(z).clamp(-1, 1)))
+        return samples
+
+    @torch.no_grad()
+    def judge(self, samples: list[Sample], batch: Batch) -> Tensor:
+        """Rewards r in (0, 1) of each sample, (K,B); logs what they say."""
+        scores = [self.score(to_01(sample.x), batch) for sample in samples]
+        raw = {name: torch.stack([score[name] for score in scores]) for name in scores[0]}  # each (K,B)
+        normalised = normalised_rewards(torch.stack(list(raw.values())), self.std)
+        for name, values in raw.items():
+            self.log(f"train/reward/{name}", values.mean())
+            self.log(f"train/spread/{name}", values.std(0, correction=0).mean())
+        self.log("train/flat_groups", normalised.flat)
+        self.log("train/sum_2r-1", (2 * normalised.r - 1).sum(0).mean())
+        return normalised.r
+
+    def score(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Raw rewards of images (B,3,H,W) in [0,1] by name, each (B,); those with a reference need `hq`."""
+        judges = {name: reward for name, reward in self._judges().items() if "hq" in batch or not reward.referenced}
+        return {name: reward(x_01, batch["prompt"], batch.get("hq")) for name, reward in judges.items()}
+
+    def _judges(self) -> dict[str, Reward]:
+        return {name: reward for name, reward in self.rewards.items() if isinstance(reward, Reward)}
+
+    def policy_objective(self, sample: Sample, r: Tensor, slots: Slots, text: FluxText) -> Objective:
+        """Lines 16 to 21 for one restoration of each image, with the rewards (B,)."""
+        image_of = partial(self._image_of, slots)
+        distance = partial(self.distance, target=sample.x)
+        if self.fast_on_policy:
+            loss = on_policy_loss(distance(image_of(self.velocity(slots, text))), r, self.beta).mean()
+            return Objective(loss, {"loss": loss.detach()})
+        with torch.no_grad(), self.policy(OLD):
+            v_old = self.velocity(slots, text)
+        v = self.velocity(slots, text)
+        if self.variant == "nft":
+            return self._nft_objective(v, v_old, sample, r, slots, text)
+        branches = two_branches(v, v_old, self.beta, r, image_of, distance)
+        return Objective((v * branches.gradient).sum(), {"loss": branches.loss, "gap": branches.gap})
+
+    def _image_of(self, slots: Slots, v: Tensor) -> Tensor:
+        return self.codec.decode(self.clean(slots, v))
+
+    def distance(self, x: Tensor, target: Tensor) -> Tensor:
+        """L_rec = lambda_2 MSE in [-1,1] + lambda_3 DISTS in [0,1], (B,)."""
+        weight_mse, weight_dists = self.rec_weights
+        return weight_mse * mse(x, target) + weight_dists * self.dists(to_01(x), to_01(target))
+
+    def _nft_objective(
+        self, v: Tensor, v_old: Tensor, sample: Sample, r: Tensor, slots: Slots, text: FluxText
+    ) -> Objective:
+        """The ablation's, in velocity space, y = (z_t - z_hat) / t; its gap is |v+ - v-|."""
+        assert self.flow is not None
+        y = flow_velocity(slots.start, sample.z, self.t_mid)
+        if self.nft_factor is None:
+            loss = nft_loss(v, v_old, y, r, self.beta).mean()
+        else:
+            loss = self_normalised_nft_loss(v, v_old, y, r, self.beta, self.t_mid, self.nft_factor).mean()
+        if self.nft_kl:
+            with torch.no_grad(), without_adapters(self.flow.transformer):
+                v_base = self.velocity(slots, text)
+            loss = loss + self.nft_kl * (v - v_base).square().mean()
+        return Objective(loss, {"loss": loss.detach(), "gap": 2 * self.beta * (v - v_old).detach().abs().mean()})
+
+    def descend(self, update: Callable[[Tensor], None], loss: Tensor, last: bool) -> None:
+        """Line 22: one update of a whole group, or one of each restoration; a round counts as one train step.
+
+        Raises:
+            RuntimeError: Another policy than theta is active.
+        """
+        if self._policy != THETA:
+            raise RuntimeError(
+                f"the policy {self._policy!r} is active; leave it before a backward pass, which is theta's"
+            )
+        if self.updates_per_rollout == "K":
+            with self._uncounted() if not last else nullcontext():
+                update(loss)
+        elif last:
+            update(loss / self.group_size)
+        else:
+            self._stop_if_not_finite(THETA, loss)
+            with self._unsynchronised():
+                self.manual_backward(loss / self.group_size / self.accumulate)
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Within this context an optimiser's step does not count as Lightning's `global_step`."""
+        optimizer: Any = self.optimizers()
+        hooks = optimizer._on_before_step, optimizer._on_after_step
+        optimizer._on_before_step = optimizer._on_after_step = lambda: None
+        try:
+            yield
+        finally:
+            optimizer._on_before_step, optimizer._on_after_step = hooks
+
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        """Within this context processes keep their gradients to themselves; a group's last backward sends the sum."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        context: AbstractContextManager[None] = block()
+        return context
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Line 24: old <- eta old + (1 - eta) theta."""
+        updates = self.group_size if self.updates_per_rollout == "K" else 1
+        eta = old_share(self.eta_schedule, int(self.train_step) * updates // self.accumulate)
+        for old, theta in zip(self._old(), self.trainable_parameters(THETA), strict=True):
+            old.copy_(theta if eta == 0 else eta * old + (1 - eta) * theta)
+
+    # Test: the same images with the same noise, before and after
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Score a batch as every method does, and by rewards against stage 1's policy."""
+        sr = super().test_step(batch, batch_idx, dataloader_idx)
+        dataset = self._dataset_name("test", dataloader_idx)
+        picture = batch_idx == self.pictured and dataloader_idx == 0
+        for noise in range(self.group_size if picture else self.compared):
+            self.noise_sample = noise
+            after = self.upscale(batch["lq"], batch["prompt"]).raw
+            with self.stage_one():
+                before = self.upscale(batch["lq"], batch["prompt"]).raw
+            scores = [self._test_scores(x, batch) for x in (before, after)]
+            for i, name in enumerate(batch["name"]):
+                one, other = ({metric: float(values[i]) for metric, values in score.items()} for score in scores)
+                images = (before[i].cpu(), after[i].cpu()) if picture and i == 0 else None
+                self._comparison.append(Comparison(dataset, name, noise, one, other, images))
+        self.noise_sample = 0
+        return sr
+
+    def _test_scores(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Raw rewards, and PSNR-Y beside them, each (B,)."""
+        scores = self.score(x_01, batch)
+        psnr = self._metric("psnr_y")
+        if "hq" in batch and not isinstance(psnr, str):
+            pairs = zip(to_uint8(x_01), to_uint8(batch["hq"]), strict=True)
+            values = [psnr(*(image.permute(1, 2, 0).cpu().numpy() for image in pair)) for pair in pairs]
+            scores["psnr_y"] = torch.tensor(values)
+        return scores
+
+    def on_test_epoch_end(self) -> None:
+        """Write and log what the rewards say of stage 2, and draw the samples."""
+        super().on_test_epoch_end()
+        rows, self._comparison = self.gathered(self._comparison), []
+        folder = self._results() / "test"
+        if not rows or not self.trainer.is_global_zero:
+            return
+        for gain in write_comparison(folder, rows, self.compared):
+            values = {"before": gain.before, "after": gain.after, "low": gain.low, "high": gain.high}
+            self.log_dict({f"test/{gain.metric}/{k}": v for k, v in values.items()}, rank_zero_only=True)
+
+
+def _make_buffers(module: nn.Module, name: str) -> None:
+    """Make an adapter's weights buffers: state that no optimiser, clipping or gradient bucket can take up."""
+    for key, _ in [(key, p) for key, p in module.named_parameters() if _is_of(key, name)]:
+        place, _, leaf = key.rpartition(".")
+        layer = module.get_submodule(place)
+        weight = getattr(layer, leaf).detach()
+        delattr(layer, leaf)
+        layer.register_buffer(leaf, weight)
+
+
+def _is_of(key: str, adapter: str) -> bool:
+    """Whether a dotted name is of an adapter's weight."""
+    return f".lora_A.{adapter}." in key or f".lora_B.{adapter}." in key
+
+
+def _adapter_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The adapter of the network at `prefix` in a checkpoint of stage 1, as `load_adapter_state` takes it."""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key.replace(".default.", "."): value for key, value in inside.items()}

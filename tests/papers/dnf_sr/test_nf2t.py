@@ -1,0 +1,432 @@
+"""Stage 2: where it starts, what a round computes, both policies on one base and their traps, the comparison."""
+
+import contextlib
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.testing import assert_close
+
+from common.adapters import adapter_state, count_lora, set_adapter, without_adapters
+from common.figures import read_caption
+from common.rewards import build_reward, group_rewards
+from papers.dnf_sr import DNFSR, NF2T
+from papers.dnf_sr.figures import Comparison, paired_gains
+from papers.dnf_sr.losses import normalised_rewards
+
+from .conftest import Batch, Spy, high, low, make_sft, train
+
+Make = Callable[..., NF2T]
+
+
+def sgd(lr: float = 1e-2) -> Callable[..., torch.optim.Optimizer]:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+def of(model: NF2T, name: str) -> dict[str, Tensor]:
+    assert model.flow is not None
+    return {key: value.clone() for key, value in adapter_state(model.flow.transformer, name).items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def stage_one(flux: str, path: str) -> DNFSR:
+    model = make_sft(flux)
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=False)
+    return model
+
+
+def moved(model: NF2T, size: float = 0.05) -> NF2T:
+    """Theta away from old."""
+    g = torch.Generator().manual_seed(5)
+    for parameter in model.trainable_parameters("theta"):
+        parameter.data += size * torch.randn(parameter.shape, generator=g)
+    return model
+
+
+class TestStart:
+    def test_both_policies_restore_as_stage_one_does(self, make: Make, flux: str, sft_run: str, batch: Batch) -> None:
+        model, before = make(), stage_one(flux, sft_run)
+        expected = before.upscale(low(batch), batch["prompt"]).sr
+        assert_close(model.upscale(low(batch), batch["prompt"]).sr, expected, rtol=1e-4, atol=1e-5)
+        theta = model.upscale(low(batch), batch["prompt"]).sr
+        with model.policy("old"):
+            assert torch.equal(model.upscale(low(batch), batch["prompt"]).sr, theta)
+        untrained = make_sft(flux).upscale(low(batch), batch["prompt"]).sr
+        assert not torch.allclose(untrained, expected, atol=1e-3)
+
+    def test_the_encoder_is_merged_and_frozen(self, make: Make, flux: str, sft_run: str, batch: Batch) -> None:
+        model, before = make(), stage_one(flux, sft_run)
+        assert not [name for name, _ in model.codec.named_parameters() if "lora" in name]
+        with torch.no_grad():
+            assert_close(model.encode(low(batch)), before.encode(low(batch)), rtol=1e-4, atol=1e-5)
+        assert not any(p.requires_grad for p in model.codec.parameters())
+
+    def test_an_adapter_at_zero_is_the_base_bit_by_bit(self, make: Make, batch: Batch) -> None:
+        model = make()
+        assert model.flow is not None
+        for name, weight in (*model.flow.named_parameters(), *model.flow.named_buffers()):
+            if "lora_B" in name:
+                weight.data.zero_()
+        z = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        slots, text, found = model.fill(z, z), model.text(["a"]), []
+        with torch.no_grad():
+            for name in ("old", "theta"):
+                with model.policy(name):
+                    found.append(model.velocity(slots, text))
+            with without_adapters(model.flow.transformer):
+                found.append(model.velocity(slots, text))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+    def test_other_settings_than_stage_ones_are_refused(self, make: Make) -> None:
+        with pytest.raises(ValueError, match=r"was trained with t_mid=0\.5; set model\.t_mid to that"):
+            make(t_mid=0.25)
+        with pytest.raises(ValueError, match="was trained with lora_alpha=4"):
+            make(lora_alpha=8)
+
+    def test_stage_one_must_be_there(self, flux: str, tmp_path: Path) -> None:
+        model = NF2T(str(tmp_path / "none"), pretrained=flux, rewards=("neg_mse",), dists_weights="random")
+        with pytest.raises(FileNotFoundError, match="train that stage first"):
+            model.configure_model()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"group_size": 1}, "group_size=1"),
+            ({"rewards": ()}, "rewards is empty"),
+            ({"reward_args": {"sharpness": {}}}, "not in rewards"),
+            ({"input": "lr"}, "input=lr takes no noise"),
+            ({"updates_per_rollout": "K", "accumulate": 2}, "accumulate=2"),
+            ({"fast_on_policy": True, "updates_per_rollout": "K"}, "fast_on_policy"),
+            ({"fast_on_policy": True, "eta_schedule": "type1"}, "fast_on_policy"),
+            ({"fast_on_policy": True, "variant": "nft"}, "fast_on_policy"),
+        ],
+    )
+    def test_settings_that_contradict_each_other_are_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            NF2T("x", **options)
+
+
+class TestRound:
+    def by_hand(self, model: NF2T, batch: Batch, drawn: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Gradient of theta, mean loss and rewards, with both branches in one graph."""
+        text, prompts = model.text(batch["prompt"]), batch["prompt"]
+        with torch.no_grad():
+            z_l = model.encode(low(batch))
+        restored = []
+        with torch.no_grad(), model.policy("old"):
+            for k in range(3):
+                slots = model.fill(z_l, drawn[f"rollout/{k}"])
+                z = slots.target - 0.5 * model.velocity(slots, text)
+                restored.append(model.codec.decode(z).clamp(-1, 1))
+        colourful, close = build_reward("colourfulness"), build_reward("neg_mse")
+        scores = [(colourful(x / 2 + 0.5, prompts), close(x / 2 + 0.5, prompts, high(batch))) for x in restored]
+        raw = torch.stack([torch.stack(pair) for pair in scores])  # (K, M, B)
+        r = torch.stack([group_rewards(raw[:, :, b], [False, False]) for b in range(2)], 1)
+        losses = []
+        for k, x in enumerate(restored):
+            slots = model.fill(z_l, drawn[f"gradient/{k}"])
+            with torch.no_grad(), model.policy("old"):
+                v_old = model.velocity(slots, text)
+            v = model.velocity(slots, text)
+            for share, velocity in (
+                (r[k], (1 - model.beta) * v_old + model.beta * v),
+                (1 - r[k], (1 + model.beta) * v_old - model.beta * v),
+            ):
+                image = model.codec.decode(slots.target - 0.5 * velocity)
+                mse = (image - x).square().mean((1, 2, 3))
+                losses.append((share * (2 * mse + 5 * model.dists(image / 2 + 0.5, x / 2 + 0.5))).mean())
+        loss = torch.stack(losses).sum() / 3
+        named = model.all_trainable()
+        return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)), loss.detach(), r
+
+    @pytest.mark.parametrize("beta", [1.0, 0.4])
+    def test_a_round_away_from_the_old_policy_is_the_algorithms(self, make: Make, batch: Batch, beta: float) -> None:
+        model = moved(make(beta=beta))
+        run = train(model, batch)
+        (found,) = run.tape.grads
+        expected, loss, r = self.by_hand(moved(make(beta=beta)), batch, run.spy.drawn)
+        assert found.keys() == expected.keys()
+        size = max(float(gradient.abs().max()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * size)
+        assert run.metrics["train/loss"] == pytest.approx(float(loss), rel=1e-4)
+        assert run.metrics["train/gap"] > 1e-4
+        assert run.metrics["train/sum_2r-1"] == pytest.approx(float((2 * r - 1).sum(0).mean()), abs=1e-5)
+
+    def test_what_is_logged_of_the_rewards_is_raw(self, make: Make, batch: Batch) -> None:
+        run = train(make(), batch)
+        model, drawn = make(), run.spy.drawn
+        with torch.no_grad():
+            z_l = model.encode(low(batch))
+            noises = [drawn[f"rollout/{k}"] for k in range(3)]
+            samples = model.rollout(z_l, noises, model.text(batch["prompt"]))
+        raw = torch.stack([-((s.x / 2 + 0.5 - high(batch)) ** 2).mean((1, 2, 3)) for s in samples])
+        assert run.metrics["train/reward/neg_mse"] == pytest.approx(float(raw.mean()), rel=1e-4)
+        assert run.metrics["train/spread/neg_mse"] == pytest.approx(float(raw.std(0, correction=0).mean()), rel=1e-3)
+        assert run.metrics["train/flat_groups"] == 0
+        assert all(float(s.x.abs().max()) <= 1 for s in samples)
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            # rollout and v_old without a graph, v with one; both branches are decoded
+            ({}, {"transformer": (6, 3), "encode": (1, 0), "decode": (3, 6)}),
+            ({"fast_on_policy": True}, {"transformer": (3, 3), "encode": (1, 0), "decode": (3, 3)}),
+            ({"updates_per_rollout": "K"}, {"transformer": (6, 3), "encode": (1, 0), "decode": (3, 6)}),
+            ({"variant": "nft"}, {"transformer": (6, 3), "encode": (1, 0), "decode": (3, 0)}),
+            ({"variant": "nft", "nft_kl": 0.1}, {"transformer": (9, 3), "encode": (1, 0), "decode": (3, 0)}),
+        ],
+    )
+    def test_calls_of_each_network(self, make: Make, batch: Batch, options: Any, expected: Any) -> None:
+        assert train(make(**options), batch).tape.counts() == expected
+
+    def test_fast_and_literal_path_are_one_on_policy(self, make: Make, batch: Batch) -> None:
+        literal, fast = (train(make(fast_on_policy=fast), batch).tape.grads[0] for fast in (False, True))
+        size = max(float(gradient.abs().max()) for gradient in literal.values())
+        assert size > 0
+        for name, gradient in literal.items():
+            assert_close(fast[name], gradient, rtol=1e-3, atol=1e-5 * size)
+
+    @pytest.mark.parametrize("fast", [False, True])
+    def test_the_rollouts_own_noise_teaches_nothing(self, make: Make, batch: Batch, fast: bool) -> None:
+        run = train(make(nf2t_noise="rollout", fast_on_policy=fast, rec_weights=(1.0, 0.0)), batch)
+        fresh = train(make(fast_on_policy=fast, rec_weights=(1.0, 0.0)), batch)
+        largest = [max(float(g.abs().max()) for g in each.tape.grads[0].values()) for each in (run, fresh)]
+        assert largest[0] < 1e-4 * largest[1]
+
+    def test_equal_restorations_move_nothing(self, make: Make, batch: Batch) -> None:
+        class Same(Spy):
+            def normal(self, stream: str, shape: Any) -> Tensor:
+                return super().normal("always", shape)
+
+        model = make(optimizer=sgd())
+        before = of(model, "theta")
+        run = train(model, batch, spy=Same(batch["index"]))
+        assert run.metrics["train/flat_groups"] == 1
+        for key, value in of(model, "theta").items():
+            assert_close(value, before[key], rtol=0, atol=1e-7)
+
+    def test_k_updates_a_round_count_as_one_step(self, make: Make, batch: Batch) -> None:
+        model = make(updates_per_rollout="K", optimizer=sgd())
+        run = train(model, batch, steps=2)
+        assert run.trainer.global_step == 2
+        assert len(run.tape.grads) == 6
+        assert run.metrics["train/gap"] > 0  # theta leaves old within a round
+
+    def test_one_update_is_the_mean_over_the_group(self, make: Make, batch: Batch) -> None:
+        whole = train(make(), batch).tape.grads[0]
+        each = train(make(updates_per_rollout="K"), batch).tape.grads  # theta stands still: the rate is 0
+        for name, gradient in whole.items():
+            assert_close(sum(grads[name] for grads in each) / 3, gradient, rtol=1e-4, atol=1e-8)
+
+    def test_judges_stay_in_eval_mode(self, make: Make, batch: Batch) -> None:
+        arguments = {"neg_dists": {"weights": "random", "width": 0.05}}
+        model = train(make(rewards=("neg_mse", "neg_dists"), reward_args=arguments), batch).model
+        assert not any(part.training for part in model.rewards["neg_dists"].modules())
+        assert not any(p.requires_grad for p in model.rewards.parameters())
+
+
+class TestVelocitySpace:
+    def test_the_ablations_gradient_at_the_start(self, make: Make, batch: Batch) -> None:
+        """At v = v_old it is 2 beta (2r - 1) (v_old - y) through dv / dtheta."""
+        run = train(make(variant="nft"), batch)
+        model, drawn = make(variant="nft"), run.spy.drawn
+        text = model.text(batch["prompt"])
+        with torch.no_grad():
+            z_l = model.encode(low(batch))
+        samples = model.rollout(z_l, [drawn[f"rollout/{k}"] for k in range(3)], text)
+        r = rewards_of(model, samples, batch)
+        total = torch.zeros(())
+        for k, sample in enumerate(samples):
+            slots = model.fill(z_l, drawn[f"gradient/{k}"])
+            v = model.velocity(slots, text)
+            y = (slots.target - sample.z) / 0.5
+            push = 2 * (2 * r[k] - 1).view(-1, 1, 1, 1) * (v.detach() - y) / v[0].numel() / 2 / 3
+            total = total + (v * push).sum()
+        named = model.all_trainable()
+        expected = torch.autograd.grad(total, list(named.values()))
+        size = max(float(gradient.abs().max()) for gradient in expected)
+        for name, gradient in zip(named, expected, strict=True):
+            assert_close(run.tape.grads[0][name], gradient, rtol=1e-3, atol=1e-5 * size)
+
+    def test_the_pull_to_the_base_is_felt(self, make: Make, batch: Batch) -> None:
+        plain, pulled = (train(make(variant="nft", nft_kl=kl), batch).metrics["train/loss"] for kl in (0.0, 1.0))
+        assert pulled > plain
+
+
+def rewards_of(model: NF2T, samples: Any, batch: Batch) -> Tensor:
+    floats = {**batch, "hq": high(batch)}
+    scores = [list(model.score(sample.x / 2 + 0.5, floats).values()) for sample in samples]
+    return normalised_rewards(torch.stack([torch.stack(score) for score in scores], 1)).r
+
+
+class TestOnlineUpdate:
+    def test_a_hard_copy_makes_the_policies_one(self, make: Make, batch: Batch) -> None:
+        model = make(optimizer=sgd())
+        before = of(model, "theta")
+        train(model, batch)
+        assert not equal(of(model, "theta"), before)
+        assert equal(of(model, "theta"), of(model, "old"))
+
+    def test_type_1_follows_slowly(self, make: Make, batch: Batch) -> None:
+        model = make(optimizer=sgd(), eta_schedule="type1")
+        before = of(model, "old")
+        train(model, batch)
+        theta, old = of(model, "theta"), of(model, "old")
+        for key, value in old.items():
+            assert_close(value, 0.001 * before[key] + 0.999 * theta[key], rtol=0, atol=1e-7)
+
+    def test_the_old_policy_is_no_parameter_and_is_in_the_checkpoint(self, make: Make) -> None:
+        model = make()
+        parameters, keys = dict(model.named_parameters()), model.checkpoint_keys()
+        assert not [name for name in parameters if ".old." in name]
+        assert len([key for key in keys if ".old." in key]) == len([key for key in keys if ".theta." in key])
+        assert keys & parameters.keys() == model.all_trainable().keys()
+
+    def test_frozen_weights_stay_bit_by_bit(self, make: Make, batch: Batch) -> None:
+        model = make(optimizer=sgd())
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, batch)
+        still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+        assert still >= {name for name in before if not name.startswith("flow.") or "lora_" not in name}
+
+
+class TestTraps:
+    """Both of peft's: its switch changes what is trained, and checkpointing recomputes with whatever is active."""
+
+    def test_switching_leaves_what_is_trained_alone(self, make: Make) -> None:
+        model = make()
+        assert model.flow is not None
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == model.all_trainable().keys()
+        with model.policy("old"):
+            assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+        layers = [layer for layer in model.flow.transformer.modules() if hasattr(layer, "lora_A")]
+        layers[0].set_adapter("old")  # peft's own
+        assert not layers[0].lora_A["theta"].weight.requires_grad
+
+    def test_the_trained_policy_is_back_after_an_error(self, make: Make) -> None:
+        model = make()
+        assert model.flow is not None
+        with pytest.raises(KeyError), model.policy("old"):
+            raise KeyError
+        layers = [layer for layer in model.flow.transformer.modules() if hasattr(layer, "lora_A")]
+        assert {tuple(layer.active_adapters) for layer in layers} == {("theta",)}
+
+    def test_checkpointing_changes_no_gradient(self, make: Make, batch: Batch) -> None:
+        plain, checkpointed = (
+            train(moved(make(gradient_checkpointing=on)), batch).tape.grads[0] for on in (False, True)
+        )
+        size = max(float(gradient.abs().max()) for gradient in plain.values())
+        assert plain.keys() == checkpointed.keys()
+        for name, gradient in plain.items():
+            assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6 * size)
+
+    def test_switching_before_the_backward_pass_loses_the_gradient(self, make: Make, batch: Batch) -> None:
+        """Why the order is as it is: inside the checkpointed blocks theta gets nothing."""
+        model = make(gradient_checkpointing=True)
+        assert model.flow is not None
+        z = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        text = model.text(["a"])
+        found = {}
+        for switch in (False, True):
+            v = model.velocity(model.fill(z, z), text)
+            if switch:
+                set_adapter(model.flow.transformer, "old")
+            with contextlib.suppress(torch.utils.checkpoint.CheckpointError):
+                v.square().sum().backward()
+            set_adapter(model.flow.transformer, "theta")
+            named = {name: p for name, p in model.all_trainable().items() if "transformer_blocks" in name}
+            found[switch] = [name for name, p in named.items() if p.grad is not None]
+            model.zero_grad()
+        assert found[False]
+        assert found[True] == []
+
+    def test_a_backward_pass_under_another_policy_is_refused(self, make: Make) -> None:
+        model = make()
+        with model.policy("old"), pytest.raises(RuntimeError, match="the policy 'old' is active"):
+            model.descend(lambda loss: None, torch.zeros(()), last=True)
+
+    def test_as_many_layers_in_both(self, make: Make) -> None:
+        model = make()
+        assert model.flow is not None
+        layers = [count_lora(model.flow.transformer, name).layers for name in ("old", "theta")]
+        assert layers[0] == layers[1] > 0
+        assert len(of(model, "old")) == len(of(model, "theta")) == 2 * layers[0]
+
+
+class TestComparison:
+    def test_a_test_compares_with_stage_one_by_the_same_noise(
+        self, make: Make, flux: str, sft_run: str, batch: Batch, tmp_path: Path
+    ) -> None:
+        model, before = moved(make(compared=2)), stage_one(flux, sft_run)
+        old = of(model, "old")
+        model.results_dir = tmp_path
+        batches: Any = [
+            {**batch, "lq": low(batch)[i : i + 1], "hq": high(batch)[i : i + 1], "prompt": ["a"], "name": [name]}
+            for i, name in enumerate("ab")
+        ]
+        trainer = Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.test(model, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+        expected: dict[str, list[float]] = {"before": [], "after": []}
+        for one in batches:
+            for noise in range(2):
+                for which, method in (("before", before), ("after", model)):
+                    method.noise_sample = noise
+                    x = method.upscale(one["lq"], ["a"]).raw
+                    expected[which].append(-float((x - one["hq"]).square().mean()))
+        with (tmp_path / "test" / "rewards.csv").open() as file:
+            rows = {row["metric"]: row for row in csv.DictReader(file)}
+        assert set(rows) == {"colourfulness", "neg_mse", "psnr_y"}
+        row = rows["neg_mse"]
+        assert (row["images"], row["noises"]) == ("2", "2")
+        for which, values in expected.items():
+            assert float(row[which]) == pytest.approx(sum(values) / 4, rel=1e-4)
+        assert float(row["low"]) <= float(row["after"]) - float(row["before"]) <= float(row["high"])
+        figures = tmp_path / "test" / "figures"
+        assert "3 samples of one test image" in read_caption(figures / "samples.png")
+        assert "2 images, 2 noises each" in read_caption(figures / "rewards.png")
+        assert equal(of(model, "old"), old)  # stage 1 stood in its place for a while
+
+    def test_the_interval_is_over_images(self) -> None:
+        """Repeating an image's noises does not narrow it."""
+        rows = [
+            Comparison("set", image, noise, {"m": 0.0}, {"m": gain}, None)
+            for image, gain in zip("abcdef", (0.1, 0.3, 0.2, 0.5, -0.1, 0.2), strict=True)
+            for noise in range(3)
+        ]
+        (many,), (few,) = paired_gains(rows), paired_gains([row for row in rows if row.noise == 0])
+        assert (many.low, many.high) == (few.low, few.high)
+        assert (many.images, many.noises, few.noises) == (6, 3, 1)
+        assert many.after - many.before == pytest.approx(0.2)
+        spread = math.sqrt(sum((g - 0.2) ** 2 for g in (0.1, 0.3, 0.2, 0.5, -0.1, 0.2)) / 6 / 6)
+        assert many.low == pytest.approx(0.2 - 1.96 * spread, abs=0.02)
+        assert many.high == pytest.approx(0.2 + 1.96 * spread, abs=0.02)
+
+    def test_without_references_rewards_that_need_them_are_left_out(self, make: Make, batch: Batch) -> None:
+        model = make()
+        assert set(model.score(torch.rand(2, 3, 40, 40), {"prompt": ["a", "b"]})) == {"colourfulness"}
+
+
+def test_stage_two_restores_alike_after_saving_and_loading(make: Make, batch: Batch, tmp_path: Path) -> None:
+    model = moved(make())
+    keys, state = model.checkpoint_keys(), model.state_dict()
+    checkpoint = {"state_dict": {key: state[key] for key in keys}}
+    other = make()
+    other.on_load_checkpoint(checkpoint)
+    other.load_state_dict(checkpoint["state_dict"], strict=False)
+    expected = model.upscale(low(batch), batch["prompt"]).sr
+    assert torch.equal(other.upscale(low(batch), batch["prompt"]).sr, expected)
+    assert equal(of(other, "old"), of(model, "old"))
