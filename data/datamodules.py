@@ -320,6 +320,7 @@ class Photos(SRData):
         crop_size: Side of a training crop, HQ px.
         eval_crop_size: Side of the crops that validation and test photos are cut to, HQ px.
         test_seeds: Degradations of each test crop.
+        test_crops: Keep at most so many of them, spread evenly; null keeps all.
         num_workers: Processes that make training batches on each rank; 0 makes them in the main process.
         **kwargs: As for SRData. Sets that are null are the embedded photos; predict takes the test photos' crops.
 
@@ -332,13 +333,14 @@ class Photos(SRData):
         crop_size: int = 128,
         eval_crop_size: int = 128,
         test_seeds: int = 3,
+        test_crops: int | None = None,
         num_workers: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(crop_size=crop_size, eval_crop_size=eval_crop_size, num_workers=num_workers, **kwargs)
         if test_seeds < 1:
             raise ValueError(f"test_seeds={test_seeds} is out of range; set test_seeds >= 1")
-        self.test_seeds = test_seeds
+        self.test_seeds, self.test_crops = test_seeds, test_crops
 
     def _train_images(self) -> HQImages:
         if self.train:
@@ -374,7 +376,9 @@ class Photos(SRData):
         return super()._val_sets() if self.val else [("photos", self._crops("val", self.val_seeds, self.val_crops))]
 
     def _test_sets(self) -> list[NamedSet]:
-        return super()._test_sets() if self.test else [("photos", self._crops("test", self.test_seeds, None))]
+        if self.test:
+            return super()._test_sets()
+        return [("photos", self._crops("test", self.test_seeds, self.test_crops))]
 
     def _predict_images(self) -> Dataset[Sample]:
         return super()._predict_images() if self.predict else self._crops("test", 1, None)

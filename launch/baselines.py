@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.images import bicubic_upsample
-from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, to_uint8
-from common.restoration import Score
+from common.metrics import build_metric, to_uint8
 
 Pixels = NDArray[np.uint8]
 """An RGB image, (H, W, 3), uint8."""
@@ -27,10 +26,6 @@ Sample = Mapping[str, Any]
 
 SIGMAS = tuple(0.5 + 0.25 * i for i in range(19))
 """Blur widths tried, HQ px: 0.5 to 5."""
-
-METRICS = ("psnr_y", "ssim_y", "psnr_rgb")
-
-BICUBIC = "bicubic"
 
 CHOSEN_FOR = {"psnr_y": "best PSNR-Y", "ssim_y": "best SSIM-Y"}
 """Metric that chooses a blur's width -> how the row's name says so."""
@@ -85,53 +80,13 @@ def choose_sigmas(samples: Iterable[Sample], sigmas: Sequence[float] = SIGMAS) -
     return {name: float(sigmas[int(total.argmax())]) for name, total in totals.items()}
 
 
-def baseline_names(sigmas: Mapping[str, float]) -> dict[str, float | None]:
-    """Name the baselines' rows, in the tables' order.
+def blur_names(sigmas: Mapping[str, float]) -> dict[str, float]:
+    """Name the blurs' rows, in the tables' order.
 
     Args:
         sigmas: Metric -> width, from `choose_sigmas`.
 
     Returns:
-        Name -> width; None for no blur.
+        Name -> width.
     """
-    blurs = {f"bicubic + blur ({CHOSEN_FOR[metric]}, sigma {sigma:g})": sigma for metric, sigma in sigmas.items()}
-    return {BICUBIC: None, **blurs}
-
-
-def score_baselines(
-    samples: Iterable[Sample],
-    dataset: str,
-    sigmas: Mapping[str, float],
-    metrics: Sequence[str] = METRICS,
-) -> tuple[list[Score], dict[str, dict[str, Pixels]]]:
-    """Make and score the baselines' images, under the protocols that methods are scored by.
-
-    Args:
-        samples: Test images with references.
-        dataset: The set's name in tables.
-        sigmas: Metric -> width, from `choose_sigmas`.
-        metrics: Ids of the metrics, see `common.metrics`.
-
-    Returns:
-        The scores, and the images: name of the baseline -> name of the image -> pixels.
-    """
-    built: dict[str, MetricProtocol | str] = {}
-    for metric in metrics:
-        try:
-            built[metric] = build_metric(metric)
-        except MetricUnavailableError as error:
-            built[metric] = f"not computed: {error}"
-    scores: list[Score] = []
-    names = baseline_names(sigmas)
-    images: dict[str, dict[str, Pixels]] = {name: {} for name in names}
-    for sample in samples:
-        enlarged, hq, image = bicubic(sample), pixels(sample["hq"]), str(sample["name"])
-        for name, sigma in names.items():
-            sr = images[name][image] = rounded(enlarged if sigma is None else blurred(enlarged, sigma))
-            for metric, measure in built.items():
-                if isinstance(measure, str):
-                    scores.append(Score(name, dataset, image, metric, None, measure))
-                else:
-                    scores.append(Score(name, dataset, image, metric, measure(sr, hq), measure.describe()))
-    order = {name: place for place, name in enumerate(names)}
-    return sorted(scores, key=lambda s: (order[s.method], metrics.index(s.metric), s.image)), images
+    return {f"bicubic + blur ({CHOSEN_FOR[metric]}, sigma {sigma:g})": sigma for metric, sigma in sigmas.items()}

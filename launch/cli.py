@@ -16,6 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "parameters": ("launch.parameters", "count a configuration's parameters, network by network, without weights"),
     "caption": ("launch.caption", "caption the patches of photos for training: isr caption DIR -o captions.parquet"),
     "export": ("launch.export", "write a trained model as a diffusers folder: isr export RUN -o DIR"),
+    "compare": ("launch.compare", "put runs, GANs and foreign results side by side: isr compare --runs RUN -o DIR"),
+    "metrics": ("launch.metrics", "the metrics' weights and licences: isr metrics list | doctor | fetch"),
     "demo": ("launch.demo", "train and test every demo configuration on embedded photos, write the report"),
     "foundation": ("launch.foundation", "train the embedded tiny foundation again (an hour or two)"),
 }

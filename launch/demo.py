@@ -8,7 +8,7 @@ import importlib.resources
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from launch.errors import UsageError
 
 if TYPE_CHECKING:
     from data.datamodules import Photos
+    from launch.comparison import Comparison
 
 _ORDER = re.compile(r"^\d+_")
-_RAW = " (raw)"
+METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "torchmetrics:vif", "sharpness", "neutrality")
+"""What the report measures: no weights, no extra, whatever is installed."""
 _NOTE = (
     "This shows that everything runs, on a toy scale: tiny networks, trained for minutes on a few photos. It does not "
     "rank the papers' methods."
@@ -157,17 +159,21 @@ def run(command: str, argv: list[str]) -> int:
         print("demo: no row's data can be had, so there is no report")
         return 1
 
+    from launch.comparison.outputs import means_table
+
     start = time.perf_counter()
-    path, table = _write_report(data, outcomes, runs, options.max_steps)
+    made = _write_report(data, outcomes, runs, options.max_steps)
     report_seconds = time.perf_counter() - start
-    print(f"\n{table}\n")
+    for dataset in made.data["datasets"]:
+        print(f"\n{means_table(made.data, dataset)}\n")
     fit, test = sum(o.fit_seconds for o in outcomes), sum(o.test_seconds for o in outcomes)
     times = f"set-up {setup_seconds:.0f} s, fit {fit:.0f} s, test {test:.0f} s, report {report_seconds:.0f} s"
     print(f"demo: {len(outcomes) - len(failed)} of {len(rows)} rows done; {times}")
     for outcome in failed:
         print(f"demo: row {outcome.row.label} {outcome.said()}")
         print(f"demo: alone, with its traceback: isr {outcome.again()} --debug")
-    print(f"demo: report: {path}")
+    print(f"demo: report: {made.page}")
+    print(f"demo: the same as text: {made.markdown}")
     print(f"demo: curves and images: tensorboard --logdir {runs}", flush=True)
     return 1 if failed else 0
 
@@ -225,6 +231,7 @@ def _test_set(data: Photos) -> dict[str, Any]:
         "scale": data.scale,
         "eval_crop_size": data.eval_crop_size,
         "test_seeds": data.test_seeds,
+        "test_crops": data.test_crops,
         "degradation": data.degradation.config if data.degradation else "bicubic",
     }
 
@@ -238,10 +245,9 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
         return _test_as_it_is(row, runs)
     outcome, stage, start = Outcome(row), "fit", time.perf_counter()
     common = ["-c", str(row.config), "--runs", str(runs)]
-    quick = [f"--trainer.max_steps={max_steps}", f"--checkpoint.every_n_train_steps={max_steps}"] if max_steps else []
     before = set((runs / row.paper / row.run_name).glob("version_*"))
     try:
-        _must_succeed(lightning("fit", [*common, *quick]))
+        _must_succeed(lightning("fit", [*common, *_quick(max_steps)]))
         folder = last_run(runs, row.paper, row.run_name)
         if folder in before:
             raise FileNotFoundError(
@@ -252,12 +258,41 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
         outcome.run, outcome.checkpoint, outcome.fit_seconds = folder, checkpoint, time.perf_counter() - start
         stage, start = "test", time.perf_counter()
         _must_succeed(lightning("test", [*common, "--ckpt_path", str(checkpoint)]))
-        if row.restores:
-            _scores(outcome)
     except (Exception, SystemExit) as error:  # the other rows still run, and the report names this one
         outcome.failure = f"{stage}: {_one_line(error)}"
     setattr(outcome, f"{stage}_seconds", time.perf_counter() - start)
     return outcome
+
+
+def _quick(max_steps: int | None) -> list[str]:
+    if max_steps is None:
+        return []
+    shorter = [f"--trainer.max_steps={max_steps}", f"--checkpoint.every_n_train_steps={max_steps}"]
+    return [*shorter, "--trainer.log_every_n_steps=1"]
+
+
+def ready(rows: Sequence[Row], runs: Path, max_steps: int | None = None) -> dict[str, Path]:
+    """The runs of the rows that train a method, newest of each; a row that has none is fitted first.
+
+    Args:
+        rows: In the order in which they build on each other.
+        runs: Folder of all runs.
+        max_steps: Steps of these fits, instead of each row's own number.
+
+    Returns:
+        Label -> the run's folder.
+
+    Raises:
+        RuntimeError: A fit ended early.
+    """
+    from common.checkpoints import newest_checkpoint
+    from launch.lightning_cli import run as lightning
+
+    trained = [row for row in rows if row.trains]
+    for row in trained:
+        if newest_checkpoint(runs / row.paper / row.run_name) is None:
+            _must_succeed(lightning("fit", ["-c", str(row.config), "--runs", str(runs), *_quick(max_steps)]))
+    return {row.label: runs / row.paper / row.run_name for row in trained if row.restores}
 
 
 def _test_as_it_is(row: Row, runs: Path) -> Outcome:
@@ -267,44 +302,24 @@ def _test_as_it_is(row: Row, runs: Path) -> Outcome:
     try:
         _must_succeed(lightning("test", ["-c", str(row.config), "--runs", str(runs)]))
         (outcome.run,) = set((runs / row.paper / row.run_name).glob("version_*")) - before
-        _scores(outcome)
     except (Exception, SystemExit) as error:  # as above
         outcome.failure = f"test: {_one_line(error)}"
     outcome.test_seconds = time.perf_counter() - start
     return outcome
 
 
-def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_steps: int | None) -> tuple[Path, str]:
-    """Score the baselines and write the report; its path and its table of means."""
-    from launch import baselines, report
+def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_steps: int | None) -> Comparison:
+    """Choose the blurs on the validation photos and put everything side by side."""
+    from launch import baselines
+    from launch.comparison import compare
 
     done = [outcome for outcome in outcomes if not outcome.failure]
     methods = [outcome for outcome in done if outcome.row.restores]
-    scores = [score for outcome in methods for score in _scores(outcome)]
     data.val_crops = None  # rows may look at few crops while they train; the blurs are chosen on all
     data.setup("validate")
-    data.setup("test")
-    (dataset,), (val,), (test,) = data.dataset_names["test"], data.val_dataloader(), data.test_dataloader()
-    tested = {score.image for score in scores}
-    samples = [sample for sample in _samples(test) if sample["name"] in tested or not tested]
-    choice = _samples(val)
+    (val,) = data.val_dataloader()
+    choice = [val.dataset[i] for i in range(len(val.dataset))]  # type: ignore[arg-type]  # it has a length
     sigmas = baselines.choose_sigmas(choice)
-    metrics = list(dict.fromkeys([*baselines.METRICS, *(score.metric for score in scores)]))
-    plain, images = baselines.score_baselines(samples, dataset, sigmas, metrics)
-    everything = report.Scores([*plain, *scores])
-
-    by_name = {sample["name"]: sample for sample in samples}
-    best_ssim = list(images)[-1]
-    pictures = {
-        name: {
-            "LQ": baselines.pixels(by_name[name]["lq"]),
-            baselines.BICUBIC: images[baselines.BICUBIC][name],
-            best_ssim: images[best_ssim][name],
-            **{outcome.row.label: _read_image(outcome, dataset, name) for outcome in methods},
-            "HQ": baselines.pixels(by_name[name]["hq"]),
-        }
-        for name in report.spread(list(by_name))
-    }
     chosen = ", ".join(f"{baselines.CHOSEN_FOR[metric]} at sigma {sigma:g} px" for metric, sigma in sigmas.items())
     tried = f"sigma {baselines.SIGMAS[0]:g} to {baselines.SIGMAS[-1]:g} px"
     notes = [
@@ -317,24 +332,26 @@ def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_ste
         _NOTE,
         *_random_parts(done),
         *_toy_conditions(done),
-        f"The blurs were chosen on {len(choice)} crops of the validation photos, among {tried}: {chosen}.",
+        f"The blurs were chosen on {len(choice)} crops of the validation photos, among {tried}: {chosen}. A method "
+        "above bicubic but not above the blurs has removed noise and restored no detail that these metrics see.",
     ]
-    path = report.write_report(
-        runs / "demo" / "report",
-        everything,
-        list(images),
-        pictures,
-        notes,
-        [outcome.source() for outcome in done],
-        "Demo: the methods side by side",
-        _figures(done),
+    return compare(
+        runs={outcome.row.label: outcome.checkpoint or outcome.folder for outcome in methods},
+        images={outcome.row.label: outcome.folder / "test" for outcome in methods},
+        blurs=baselines.blur_names(sigmas),
+        data=data,
+        output=runs / "demo" / "report",
+        metrics=METRICS,
+        figures=_figures(done),
+        notes=notes,
+        sources=[
+            *(outcome.source() for outcome in done),
+            "A run folder holds the whole configuration, config.yaml, and of a fit versions and git commit, run.json.",
+        ],
+        title="Demo: the methods side by side",
+        device="cpu",
+        progress=False,
     )
-    return path, report.means_table(everything, dataset)
-
-
-def _samples(loader: Any) -> list[Any]:
-    """All samples of a loader's data set, as they are."""
-    return [loader.dataset[i] for i in range(len(loader.dataset))]
 
 
 def _must_succeed(code: int) -> None:
@@ -346,31 +363,9 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _scores(outcome: Outcome) -> list[Any]:
-    """A row's scores under its label: two papers may have rows of one name."""
-    from launch.report import read_scores
-
-    return [
-        replace(score, method=outcome.row.label + (_RAW if score.method.endswith(_RAW) else ""))
-        for score in read_scores(outcome.folder / "test" / "metrics.csv")
-    ]
-
-
-def _read_image(outcome: Outcome, dataset: str, name: str) -> Any:
-    """Pixels of a test image that a row wrote; None if it did not."""
-    import numpy as np
-    from PIL import Image
-
-    path = outcome.folder / "test" / dataset / f"{name}.png"
-    if not path.is_file():
-        return None
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def _figures(outcomes: Sequence[Outcome]) -> list[Any]:
     """Plots that the rows left in their run folders, row by row, by file name."""
-    from launch.report import NamedFigure
+    from launch.comparison.pictures import NamedFigure
 
     return [
         NamedFigure(outcome.row.label, path)

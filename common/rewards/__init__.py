@@ -12,7 +12,7 @@ from common.rewards.group import clipped_rewards, group_rewards
 from common.rewards.imagereward import ImageReward, ImageRewardSize
 from common.rewards.pyiqa_metrics import PyiqaReward
 from common.rewards.reference import NegatedDistance, NegatedDISTS, NegatedLPIPS, NegatedMSE
-from common.rewards.weightless import Colourfulness, Sharpness
+from common.rewards.weightless import Colourfulness, Neutrality, Sharpness
 
 __all__ = [
     "Colourfulness",
@@ -22,6 +22,7 @@ __all__ = [
     "NegatedDistance",
     "NegatedLPIPS",
     "NegatedMSE",
+    "Neutrality",
     "PyiqaReward",
     "Reward",
     "Sharpness",
@@ -37,6 +38,7 @@ _REWARDS: dict[str, Callable[..., Reward]] = {
     "laion": partial(PyiqaReward, "laion_aes"),
     "sharpness": Sharpness,
     "colourfulness": Colourfulness,
+    "neutrality": Neutrality,
     "neg_mse": NegatedMSE,
     "neg_lpips": NegatedLPIPS,
     "neg_dists": NegatedDISTS,
@@ -48,7 +50,8 @@ def build_reward(name: str, **kwargs: Any) -> Reward:
     """Make a reward by name, to be called as `reward(x_01, prompts, hq_01)`; gives (B,).
 
     Args:
-        name: `clipiqa`, `imagereward`, `laion` (the aesthetic predictor), `sharpness`, `colourfulness`; `neg_mse`,
+        name: `clipiqa`, `imagereward`, `laion` (the aesthetic predictor), `sharpness`,
+            `colourfulness`, `neutrality`; `neg_mse`,
             `neg_lpips`, `neg_dists`, which need `hq_01`; or `pyiqa:` and pyiqa's name of a no-reference metric, e.g.
             `pyiqa:musiq`, `pyiqa:maniqa-pipal`.
         **kwargs: Further arguments of the reward's class.

@@ -65,6 +65,23 @@ class Sharpness(Reward):
         return coherent / (coherent + contrast + self.floor)
 
 
+class Neutrality(Reward):
+    """How close an image's mean colour is to grey, by the grey-world assumption (Buchsbaum 1980); 1 for none but grey.
+
+    With the means of R, G and B over the pixels and their standard deviation (of the three, over 3):
+
+        score = 1 - std(mean R, mean G, mean B)
+
+    The assumption fails for photos of one colour: what a restoration gains in it is a cast less, or a colour.
+    """
+
+    name = "neutrality"
+    differentiable = True
+
+    def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
+        return 1 - _root(x.mean((2, 3)).var(1, correction=0))
+
+
 class Colourfulness(Reward):
     """Colourfulness of Hasler and Suesstrunk (2003): spread and strength of the two opponent colours; 0 for grey.
 

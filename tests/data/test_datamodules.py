@@ -312,6 +312,17 @@ class TestPhotos:
         assert test[0]["prompt"] == CAPTIONS["chelsea"]
         assert len(datamodule.predict_dataloader()[0].dataset) == len(test) // 3  # type: ignore[arg-type]  # is sized
 
+    def test_few_test_crops_are_some_of_all(self) -> None:
+        names = []
+        for most in (None, 2):
+            datamodule = Photos(test_seeds=1, test_crops=most)
+            datamodule.setup("test")
+            images: Any = datamodule.test_dataloader()[0].dataset
+            names.append([images[i]["name"] for i in range(len(images))])
+        assert len(names[1]) == 2
+        assert {name.partition("_")[0] for name in names[1]} == {"chelsea", "rocket"}
+        assert set(names[1]) < set(names[0])
+
     def test_weights_and_rescales_set_how_often_a_photo_is_drawn(self) -> None:
         datamodule = Photos()
         datamodule.setup("fit")

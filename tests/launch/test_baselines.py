@@ -7,13 +7,12 @@ from torch.nn import functional as F
 from common.metrics import build_metric
 from launch.baselines import (
     SIGMAS,
-    baseline_names,
     bicubic,
+    blur_names,
     blurred,
     choose_sigmas,
     pixels,
     rounded,
-    score_baselines,
 )
 
 
@@ -96,38 +95,8 @@ def test_the_grid_of_widths_is_half_a_pixel_to_five():
     assert set(np.diff(SIGMAS)) == {0.25}
 
 
-def test_scores_are_those_of_the_images_under_the_named_protocols():
-    samples = [_sample(seed, 0.1, f"cat_r0c{seed}_s0") for seed in range(2)]
-    scores, images = score_baselines(samples, "photos", {"psnr_y": 1.5, "ssim_y": 2.0})
-    names = list(baseline_names({"psnr_y": 1.5, "ssim_y": 2.0}))
-    assert names == [
-        "bicubic",
-        "bicubic + blur (best PSNR-Y, sigma 1.5)",
-        "bicubic + blur (best SSIM-Y, sigma 2)",
-    ]
-    assert len(scores) == 3 * 2 * 3
-    assert list(dict.fromkeys(s.method for s in scores)) == names
-    hq = {s["name"]: pixels(s["hq"]) for s in samples}
-    for score in scores:
-        metric = build_metric(score.metric)
-        assert score.dataset == "photos"
-        assert score.protocol == metric.describe()
-        assert score.value == metric(images[score.method][score.image], hq[score.image])
-    np.testing.assert_array_equal(images[names[2]]["cat_r0c1_s0"], rounded(blurred(bicubic(samples[1]), 2.0)))
-
-
-def test_a_metric_that_cannot_be_had_is_said_and_the_others_are_computed(monkeypatch):
-    from common.metrics import MetricUnavailableError
-
-    def without_pyiqa(metric_id):
-        if metric_id.startswith("pyiqa:"):
-            raise MetricUnavailableError("pyiqa:musiq: no weights")
-        return build_metric(metric_id)
-
-    monkeypatch.setattr("launch.baselines.build_metric", without_pyiqa)
-    chosen = {"psnr_y": 1.0, "ssim_y": 1.0}
-    scores, _ = score_baselines([_sample(0, 0.1)], "photos", chosen, ("psnr_y", "pyiqa:musiq"))
-    missing = [s for s in scores if s.value is None]
-    assert {s.metric for s in missing} == {"pyiqa:musiq"}
-    assert {s.protocol for s in missing} == {"not computed: pyiqa:musiq: no weights"}
-    assert len(scores) - len(missing) == 3
+def test_the_rows_are_named_by_what_chose_them_and_their_width():
+    assert blur_names({"psnr_y": 1.5, "ssim_y": 2.0}) == {
+        "bicubic + blur (best PSNR-Y, sigma 1.5)": 1.5,
+        "bicubic + blur (best SSIM-Y, sigma 2)": 2.0,
+    }

@@ -1,4 +1,4 @@
-"""Sharpness and colourfulness against closed forms, and on photos that are blurred and made noisy."""
+"""Sharpness, colourfulness and neutrality against closed forms, and on photos that are blurred and made noisy."""
 
 import math
 from itertools import pairwise
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from common.rewards import Colourfulness, Sharpness
+from common.rewards import Colourfulness, Neutrality, Sharpness
 from data.photos import photo_paths
 
 PHOTOS = {**photo_paths("val"), **photo_paths("test")}
@@ -135,6 +135,32 @@ class TestSharpnessOfPhotos:
         (gradient,) = torch.autograd.grad(found.sum(), soft)
         step = gradient / gradient.square().mean().sqrt() / 255
         assert score(soft.detach() + step) > found.item()
+
+
+class TestNeutrality:
+    def test_of_one_colour_by_hand(self) -> None:
+        """Means 0.8, 0.5, 0.2: variance (0.09 + 0 + 0.09) / 3."""
+        x = torch.tensor([0.8, 0.5, 0.2]).view(1, 3, 1, 1).expand(1, 3, 5, 4)
+        assert_close(Neutrality()(x, [""]).item(), 1 - math.sqrt(0.06))
+
+    def test_places_do_not_matter_and_opposite_colours_make_grey(self) -> None:
+        x = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        shuffled = x.flatten(2)[..., torch.randperm(36)].view_as(x)
+        assert_close(Neutrality()(x, [""]), Neutrality()(shuffled, [""]))
+        assert Neutrality()(torch.cat([x, 1 - x], 3), [""]).item() == pytest.approx(1, abs=1e-9)
+
+    def test_grey_is_the_best_and_its_gradient_is_finite(self) -> None:
+        x = torch.full((1, 3, 4, 4), 0.3, dtype=torch.float64, requires_grad=True)
+        score = Neutrality()(x, [""])
+        assert score.item() == 1
+        (grad,) = torch.autograd.grad(score.sum(), x)
+        assert torch.equal(grad, torch.zeros_like(x))
+
+    def test_its_gradient_takes_a_cast_away(self) -> None:
+        x = torch.full((1, 3, 4, 4), 0.3, dtype=torch.float64)
+        x[:, 0] = 0.6
+        (grad,) = torch.autograd.grad(Neutrality()(x.requires_grad_(), [""]).sum(), x)
+        assert grad[:, 0].max() < 0 < grad[:, 1:].min()
 
 
 class TestColourfulness:

@@ -1,0 +1,166 @@
+"""`isr compare`: put runs, baselines, GANs and foreign results under one protocol and write the report.
+
+Bicubic enlargement is always among the methods. What is kept in OUTPUT from an earlier comparison is not made again, so
+a killed one goes on, and adding a method or metric computes only what is new. Nothing is downloaded: metrics whose
+weights are not here are named as not computed (isr metrics fetch gets them).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launch.errors import UsageError
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Compare, and say where the report is.
+
+    Returns:
+        0; a method that fails on an image is named and counted in the report, and does not change that.
+
+    Raises:
+        UsageError: The arguments name something that is not there or of the wrong kind.
+    """
+    options = _parser(command).parse_args(list(argv))
+    from launch.comparison import compare
+    from launch.comparison.measures import WEIGHTLESS
+    from launch.comparison.methods import find_runs
+
+    runs = _named("runs", options.runs, _run_name)
+    results, weights = _named("results", options.results), _named("weights", options.weights)
+    if not runs and not results and not weights:
+        runs = find_runs(Path("runs"))
+    found = compare(
+        runs=runs,
+        results=results,
+        weights=weights,
+        pairs=options.pairs,
+        data=options.data,
+        output=options.output,
+        metrics=[name for part in options.metrics for name in part.split(",") if name] or WEIGHTLESS,
+        reference=options.reference,
+        title=options.title,
+        fid=options.fid,
+        efficiency=not options.no_efficiency,
+        embed=options.embed,
+        device=options.device,
+        scale=options.scale,
+    )
+    for method in found.data["methods"]:
+        if method["failures"]:
+            first = method["failures"][0]
+            print(f"isr: {method['name']} has no result of {len(method['failures'])} images, e.g. {first['reason']}")
+    missing: dict[str, str] = found.data["missing"]
+    for reason in dict.fromkeys(missing.values()):
+        metrics = ", ".join(metric for metric, why in missing.items() if why == reason)
+        print(f"isr: not computed: {metrics}: {reason}")
+    print(f"isr: report: {found.page}")
+    return 0
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        f"isr {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    methods = parser.add_argument_group("methods (default: every run under runs/)")
+    methods.add_argument(
+        "--runs",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]RUN",
+        help="a run's folder, runs/PAPER/NAME, one of its versions, or a checkpoint",
+    )
+    methods.add_argument(
+        "--results",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=DIR",
+        help="another program's images, named like the low-quality ones; DIR may hold a folder for each test set",
+    )
+    methods.add_argument(
+        "--weights",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FILE",
+        help="weights of a GAN or another network that spandrel knows (Real-ESRGAN, BSRGAN, SwinIR ...)",
+    )
+    methods.add_argument("--reference", default="bicubic", help="method the others are compared with (%(default)s)")
+    images = parser.add_argument_group("images (default: the embedded photos)")
+    images.add_argument(
+        "--pairs",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="a folder with test_LR and test_HR, or a folder of low-quality images alone",
+    )
+    images.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        metavar="CONFIG",
+        help="configuration whose test sets are taken, e.g. data/configs/real_benchmarks.yaml",
+    )
+    images.add_argument("--scale", type=int, default=4, help="factor of the --pairs (%(default)s)")
+    measured = parser.add_argument_group("what is measured")
+    measured.add_argument(
+        "--metrics",
+        nargs="+",
+        default=[],
+        metavar="ID[,ID]",
+        help="e.g. psnr,ssim,lpips,musiq (isr metrics list names all; default: those that need no weights)",
+    )
+    measured.add_argument("--fid", action="store_true", help="FID too, if its weights are here")
+    measured.add_argument("--no-efficiency", action="store_true", help="no times, memory, multiplications")
+    measured.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    report = parser.add_argument_group("report")
+    report.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("runs/compare"),
+        metavar="OUTPUT",
+        help="folder of the report (%(default)s)",
+    )
+    report.add_argument("--title", default="Comparison", help="its heading")
+    report.add_argument("--embed", action="store_true", help="put the images into report.html, to send it as one file")
+    return parser
+
+
+def _named(argument: str, texts: Sequence[str], default: Callable[[Path], str] | None = None) -> dict[str, Path]:
+    """`NAME=PATH` as a dict; where a name may be left out, `default` makes it from the path.
+
+    Raises:
+        UsageError: A name is missing or there twice.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if default is not None and (not equals or Path(text).exists()):
+            name, path = default(Path(text)), text
+        elif not equals or not name or not path:
+            raise UsageError(f"{argument}={text} has no name; write {argument} NAME={path or name}")
+        if name in found:
+            raise UsageError(f"{argument}: {name} is there twice; give one another name, NAME=PATH")
+        found[name] = Path(path)
+    return found
+
+
+def _run_name(path: Path) -> str:
+    """`runs/dfosd/sd21`, a version of it or a checkpoint in that -> `dfosd/sd21`; else the last part of the path."""
+    folder = path.absolute()
+    if folder.suffix == ".ckpt":
+        if folder.parent.name != "checkpoints":
+            return folder.stem
+        folder = folder.parents[1]
+    if folder.name.startswith("version_"):
+        folder = folder.parent
+    return f"{folder.parent.name}/{folder.name}"

@@ -1,0 +1,112 @@
+"""Test sets of a comparison: folders of pairs or of low-quality images, a configuration's data, or embedded photos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from data.benchmarks import load_benchmark
+from data.datamodules import Photos
+from launch.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Low-quality images, with or without references.
+
+    Args:
+        name: As tables call it.
+        samples: Samples as `data.datasets` makes them: `lq`, perhaps `hq` (uint8 tensors), `prompt`, `name`.
+        scale: Super-resolution factor.
+    """
+
+    name: str
+    samples: Any
+    scale: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image of a test set as files that hold its pixels.
+
+    Args:
+        dataset: Name of its test set.
+        name: Of the image.
+        prompt: Text that prompted methods get.
+        lq: PNG of the low-quality image.
+        hq: PNG of the reference, if there is one.
+        lq_key: Digest of the low-quality pixels.
+        hq_key: Digest of the reference's pixels, empty without one.
+        size: Height and width of a result, px.
+        scale: Super-resolution factor.
+    """
+
+    dataset: str
+    name: str
+    prompt: str
+    lq: Path
+    hq: Path | None
+    lq_key: str
+    hq_key: str
+    size: tuple[int, int]
+    scale: int
+
+
+def open_sets(
+    pairs: Sequence[Path] = (), data: LightningDataModule | Sequence[Path] = (), scale: int = 4
+) -> list[ImageSet]:
+    """Open all test sets.
+
+    Args:
+        pairs: Folders with `test_LR` and `test_HR`, or folders of low-quality images.
+        data: Configurations with a `data` section whose test sets are taken, or a data module; where neither is given,
+            and no pairs, the embedded photos.
+        scale: Super-resolution factor of `pairs`.
+
+    Raises:
+        FileNotFoundError: A folder or configuration is not there.
+        UsageError: A configuration has no data section, or two sets have one name.
+        ValueError: A set's files do not pair up, cannot be read, or do not fit the scale.
+    """
+    sets = []
+    for folder in pairs:
+        benchmark = load_benchmark(folder, scale, argument="pairs")
+        sets.append(ImageSet(benchmark.name, benchmark.images, scale))
+    modules = [data] if isinstance(data, LightningDataModule) else [_data_module(path) for path in data]
+    if not sets and not modules:
+        modules = [Photos()]
+    for module in modules:
+        module.setup("test")
+        loaders: Any = module.test_dataloader()
+        names = getattr(module, "dataset_names", {}).get("test") or [f"test{i}" for i in range(len(loaders))]
+        for name, loader in zip(names, loaders, strict=True):
+            sets.append(ImageSet(str(name), loader.dataset, getattr(module, "scale", scale)))
+    given = [test_set.name for test_set in sets]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise UsageError(f"pairs, data: two test sets are called {twice[0]}; rename the folder of one")
+    return sets
+
+
+def _data_module(path: Path) -> LightningDataModule:
+    if not path.is_file():
+        raise FileNotFoundError(f"data={path}: no such file; give a configuration with a data section")
+    section = (yaml.safe_load(path.read_text()) or {}).get("data")
+    if not section:
+        raise UsageError(f"data={path} has no data section; give it data.class_path, as in data/configs")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    module: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": section})).data
+    return module
+
+
+def slug(name: str) -> str:
+    """A name as a folder."""
+    return name.replace("/", "-").replace(os.sep, "-").replace(" ", "_")

@@ -1,0 +1,409 @@
+"""What can be compared: trained runs, baselines without a network, GANs from a weights file, folders of results."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from common.checkpoints import newest_checkpoint, read_checkpoint, trained_state
+from common.images import bicubic_upsample
+from common.metrics import own_random_state, to_uint8
+from common.restoration import RestorationModule
+from data.images import ImageError, Pixels, first_five, list_images, read_image
+from launch.baselines import blurred, rounded
+from launch.comparison.inputs import Item
+from launch.errors import UsageError
+
+
+class Method(ABC):
+    """Something that makes, or has made, a result of each image.
+
+    Args:
+        name: As tables call it.
+    """
+
+    kind: str
+    """`run`, `baseline`, `weights` or `results`."""
+    measurable = True
+    """Whether its speed can be measured here."""
+    scale: int | None = None
+    """The only factor it restores by; None takes any. Known once `network` is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._model: Any = None
+
+    @abstractmethod
+    def key(self, item: Item) -> str:
+        """What decides its result besides the low-quality pixels and the prompt.
+
+        Raises:
+            ImageError: It has no result of this image.
+        """
+
+    @abstractmethod
+    def restore(self, item: Item) -> Pixels:
+        """Its result, (H, W, 3) uint8.
+
+        Raises:
+            ValueError: It does not restore by this factor, or the result cannot be read.
+        """
+
+    def make(self, item: Item) -> Pixels:
+        """Its result, computed even where it is there already: what the efficiency is measured of."""
+        return self.restore(item)
+
+    def network(self) -> nn.Module | None:
+        """The network that restores, loaded; None where there is none."""
+        return None
+
+    def trained(self) -> set[int]:
+        """Ids of the network's parameters that were trained."""
+        return set()
+
+    def close(self) -> None:
+        """Give the network's memory back."""
+        self._model = None
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        """What a reader must know about the results, once all were looked for."""
+        return []
+
+    def _check_scale(self, item: Item) -> None:
+        if self.scale != item.scale:
+            raise ValueError(f"{self.name} enlarges {self.scale} times, {item.dataset} asks for {item.scale} times")
+
+
+class Baseline(Method):
+    """Bicubic enlargement, blurred afterwards where a width is given.
+
+    Args:
+        name: As tables call it.
+        sigma: Width of the blur in px; None for no blur.
+    """
+
+    kind = "baseline"
+
+    def __init__(self, name: str, sigma: float | None = None) -> None:
+        super().__init__(name)
+        self.sigma = sigma
+
+    def key(self, item: Item) -> str:
+        """The blur."""
+        return f"bicubic, sigma {self.sigma}"
+
+    def restore(self, item: Item) -> Pixels:
+        """Enlarge, blur, round."""
+        enlarged = bicubic_upsample(_tensor(item), item.scale)[0].permute(1, 2, 0).numpy()
+        return rounded(enlarged if self.sigma is None else blurred(enlarged, self.sigma))
+
+
+class Run(Method):
+    """A method that `isr fit` trained: averaged weights (EMA), its own inference settings and colour fix.
+
+    Args:
+        name: As tables call it.
+        path: Its folder, a version's, or a checkpoint. A version without a checkpoint is taken as configured.
+        device: Where it runs.
+        images: Folder of the results that `isr test` wrote, taken instead of making them again:
+            `<images>/<test set>/<image>.png`.
+
+    Raises:
+        UsageError: There is neither a checkpoint nor a configuration, or its model restores no images.
+    """
+
+    kind = "run"
+
+    def __init__(self, name: str, path: Path, device: torch.device, images: Path | None = None) -> None:
+        super().__init__(name)
+        self.device, self.images = device, images
+        self.checkpoint = _checkpoint(path)
+        self.settings = _settings(path, self.checkpoint)
+        self._key = ""
+
+    @property
+    def paper(self) -> str:
+        """The paper's folder."""
+        from launch.lightning_cli import paper_of
+
+        return paper_of(str(self.settings["class_path"]))
+
+    def key(self, item: Item) -> str:
+        """Its file's bytes; without one settings, trained weights, and the files that settings name (a stage's)."""
+        if self.images is not None:
+            return _digest_of(self._image(item))
+        if not self._key:
+            leaves = sorted(f"{key}={value}" for key, value in _leaves(self.settings) if ".metrics" not in key)
+            made = hashlib.blake2b("\n".join(leaves).encode(), digest_size=16)
+            for _, value in _leaves(self.settings):
+                if isinstance(value, str) and Path(value).is_file():
+                    made.update(Path(value).read_bytes())
+            if self.checkpoint is not None:
+                for name, weight in sorted(trained_state(read_checkpoint(self.checkpoint)).items()):
+                    if "." in name:  # the counters at the root decide no pixel
+                        made.update(name.encode() + weight.float().contiguous().numpy().tobytes())
+            self._key = made.hexdigest()
+        return self._key
+
+    def network(self) -> RestorationModule:
+        """The model, loaded."""
+        if self._model is None:
+            if self.checkpoint is not None:
+                from launch.export import load
+
+                model = load(self.checkpoint)
+            else:
+                model = _configured(self.settings)
+            if not isinstance(model, RestorationModule):
+                raise UsageError(f"runs: {self.name} is of {type(model).__name__}, which restores no images; leave it")
+            self._model, self.scale = model.to(self.device).eval().requires_grad_(False), model.scale
+        network: RestorationModule = self._model
+        return network
+
+    def trained(self) -> set[int]:
+        """Ids of what was trained."""
+        return {id(parameter) for parameter in self.network().all_trainable().values()}
+
+    def restore(self, item: Item) -> Pixels:
+        """As `isr predict` does, each image from random seed 0."""
+        return self.make(item) if self.images is None else read_image(self._image(item))
+
+    def _image(self, item: Item) -> Path:
+        assert self.images is not None
+        return self.images / item.dataset / f"{item.name}.png"
+
+    def make(self, item: Item) -> Pixels:
+        """Restore by the network, whether the image is there or not."""
+        model = self.network()
+        self._check_scale(item)
+        with own_random_state(self.device):
+            sr = model.upscale(_tensor(item).to(self.device), [item.prompt]).sr
+        return _pixels(sr)
+
+
+class Weights(Method):
+    """A GAN or another network from a weights file that spandrel knows (Real-ESRGAN, BSRGAN, SwinIR, LDL ...).
+
+    Args:
+        name: As tables call it.
+        path: The file.
+        device: Where it runs.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UsageError: spandrel is not installed.
+    """
+
+    kind = "weights"
+
+    def __init__(self, name: str, path: Path, device: torch.device) -> None:
+        super().__init__(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"weights: {name}={path} is not there; give a file of weights")
+        try:
+            import spandrel  # an extra
+        except ImportError as error:
+            raise UsageError(f"weights: {name}={path} needs spandrel; pip install 'isr-papers[compare]'") from error
+        self.path, self.device, self._loader = path, device, spandrel.ModelLoader
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()
+
+    def key(self, item: Item) -> str:
+        """The file's bytes."""
+        return self._digest
+
+    def network(self) -> nn.Module:
+        """The network, loaded.
+
+        Raises:
+            ValueError: spandrel does not know the file, or it is no super-resolution of RGB images.
+        """
+        if self._model is None:
+            try:
+                model: Any = self._loader(device=self.device).load_from_file(self.path)
+            except Exception as error:  # each of its architectures raises what it likes
+                why = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"weights: {self.path} is no file that spandrel can load ({why})") from error
+            if (model.input_channels, model.output_channels) != (3, 3):
+                raise ValueError(f"weights: {self.path} does not turn RGB into RGB images; take another file")
+            self._model, self.scale = model.eval(), int(model.scale)
+        network: nn.Module = self._model.model
+        return network
+
+    def trained(self) -> set[int]:
+        """All of it."""
+        return {id(parameter) for parameter in self.network().parameters()}
+
+    def restore(self, item: Item) -> Pixels:
+        """The whole image at once."""
+        self.network()
+        self._check_scale(item)
+        with torch.no_grad():
+            return _pixels(self._model(_tensor(item).to(self.device)))
+
+
+class Results(Method):
+    """Images that somebody else's program wrote, one for each image of a test set, of its name.
+
+    Args:
+        name: As tables call it.
+        folder: The images; those of a test set may lie in a folder of its name.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: There is no image in it.
+    """
+
+    kind = "results"
+    measurable = False
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(name)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"results: {name}={folder} is not a folder; give the folder of its images")
+        self.folder = folder
+        self.files: dict[str, list[Path]] = {}
+        for path, _ in list_images(folder, f"results: {name}"):
+            self.files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+        self._read: dict[Path, str] = {}
+
+    def _file(self, item: Item) -> Path:
+        in_set = f"{item.dataset}/{item.name}"
+        found = self.files.get(in_set) or self.files.get(item.name) or []
+        if not found:
+            raise ImageError(f"missing: no file {item.name}.* under {self.folder}")
+        if len(found) > 1:
+            raise ImageError(f"ambiguous: {', '.join(path.name for path in found)}; leave one of them")
+        return found[0]
+
+    def key(self, item: Item) -> str:
+        """The file's bytes."""
+        path = self._file(item)
+        key = _digest_of(path)
+        self._read[path] = _stored_as(path)
+        return key
+
+    def restore(self, item: Item) -> Pixels:
+        """Read the file as 8-bit RGB."""
+        return read_image(self._file(item))
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        """Files of no image, and files that were not 8-bit RGB."""
+        wanted = {name for item in items for name in (item.name, f"{item.dataset}/{item.name}")}
+        extra = [path.name for stem, paths in self.files.items() if stem not in wanted for path in paths]
+        turned = [f"{path.name} ({how})" for path, how in self._read.items() if how]
+        found = []
+        if extra:
+            found.append(f"{self.name}: {len(extra)} extra files belong to no image of the test sets: {_named(extra)}.")
+        if turned:
+            found.append(f"{self.name}: {len(turned)} files were converted to 8-bit RGB: {_named(turned)}.")
+        return found
+
+
+def find_runs(folder: Path) -> dict[str, Path]:
+    """Every run below a folder that has a checkpoint of a method which restores images: `<paper>/<name>` -> folder."""
+    from launch.lightning_cli import stored_model
+
+    found = {}
+    for run in sorted(folder.glob("*/*")):
+        checkpoint = newest_checkpoint(run)
+        settings = stored_model(checkpoint) if checkpoint is not None else None
+        if settings is not None and _restores(str(settings["class_path"])):
+            found[f"{run.parent.name}/{run.name}"] = run
+    return found
+
+
+def _restores(class_path: str) -> bool:
+    import importlib
+
+    module, _, name = class_path.rpartition(".")
+    return issubclass(getattr(importlib.import_module(module), name), RestorationModule)
+
+
+def _checkpoint(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    inside = path / "checkpoints" / "last.ckpt"
+    return inside if inside.is_file() else newest_checkpoint(path)
+
+
+def _settings(path: Path, checkpoint: Path | None) -> dict[str, Any]:
+    from launch.lightning_cli import stored_model
+
+    if checkpoint is not None:
+        settings = stored_model(checkpoint)
+    else:
+        configs = [path / "config.yaml", *sorted(path.glob("version_*/config.yaml"))]
+        config = next((file for file in reversed(configs) if file.is_file()), None)
+        settings = yaml.safe_load(config.read_text()).get("model") if config is not None else None
+    if settings is None:
+        raise UsageError(f"runs: {path} has no checkpoint or configuration that isr fit wrote; give such a run")
+    if not _restores(str(settings["class_path"])):
+        raise UsageError(f"runs: {path} is of {settings['class_path']}, which restores no images; leave it out")
+    return settings
+
+
+def _configured(settings: Mapping[str, Any]) -> RestorationModule:
+    """A model as its configuration makes it, with nothing loaded on top."""
+    from launch.parameters import parse
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump({"model": dict(settings)}, file)
+        file.flush()
+        parser, parsed = parse([file.name])
+    model: RestorationModule = parser.instantiate_classes(parsed).model
+    model.configure_model()
+    return model
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}")
+    else:
+        yield prefix, tree
+
+
+def _tensor(item: Item) -> Tensor:
+    """The low-quality image, (1, 3, h, w) in [0, 1]."""
+    return torch.from_numpy(read_image(item.lq)).permute(2, 0, 1)[None].float() / 255
+
+
+def _pixels(x_01: Tensor) -> Pixels:
+    """(1, 3, H, W) near [0, 1] to (H, W, 3) uint8."""
+    return to_uint8(x_01)[0].permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def _stored_as(path: Path) -> str:
+    """What a file holds, if it is not 8-bit RGB; empty too where it cannot be opened."""
+    try:
+        with Image.open(path) as image:
+            mode, kind = image.mode, image.format
+    except OSError:
+        return ""
+    if kind == "PNG" and path.read_bytes()[24:25] == b"\x10":  # IHDR's depth, which PIL's mode hides
+        return f"16 bits, {mode}"
+    return "" if mode == "RGB" else mode
+
+
+def _named(names: Sequence[str]) -> str:
+    return first_five(sorted(names))
