@@ -40,10 +40,9 @@ class Row:
         """Whether it is a method that restores images; else it is a stage that a later row of its paper builds on."""
         import yaml
 
-        from common.restoration import RestorationModule
+        from launch.comparison.methods import restores
 
-        module, _, name = yaml.safe_load(self.config.read_text())["model"]["class_path"].rpartition(".")
-        return issubclass(getattr(importlib.import_module(module), name), RestorationModule)
+        return restores(yaml.safe_load(self.config.read_text())["model"]["class_path"])
 
     @property
     def trains(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,17 @@ def load(path: Path) -> TrainingModule:
     settings = stored_model(path)
     if settings is None:
         raise UsageError(f"{path} holds no settings of a model; give a checkpoint that isr fit wrote")
+    model = configured(settings)
+    load_trained_weights(model, path, model.checkpoint_keys())
+    return model
+
+
+def configured(settings: Mapping[str, Any]) -> TrainingModule:
+    """A model as its settings (class_path, init_args) make it, with nothing loaded on top."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump({"model": settings}, file)
+        yaml.safe_dump({"model": dict(settings)}, file)
         file.flush()
         parser, parsed = parse([file.name])
     model: TrainingModule = parser.instantiate_classes(parsed).model
     model.configure_model()
-    load_trained_weights(model, path, model.checkpoint_keys())
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import tempfile
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -158,12 +158,9 @@ class Run(Method):
     def network(self) -> RestorationModule:
         """The model, loaded."""
         if self._model is None:
-            if self.checkpoint is not None:
-                from launch.export import load
+            from launch.export import configured, load
 
-                model = load(self.checkpoint)
-            else:
-                model = _configured(self.settings)
+            model = configured(self.settings) if self.checkpoint is None else load(self.checkpoint)
             if not isinstance(model, RestorationModule):
                 raise UsageError(f"runs: {self.name} is of {type(model).__name__}, which restores no images; leave it")
             self._model, self.scale = model.to(self.device).eval().requires_grad_(False), model.scale
@@ -320,14 +317,13 @@ def find_runs(folder: Path) -> dict[str, Path]:
     for run in sorted(folder.glob("*/*")):
         checkpoint = newest_checkpoint(run)
         settings = stored_model(checkpoint) if checkpoint is not None else None
-        if settings is not None and _restores(str(settings["class_path"])):
+        if settings is not None and restores(str(settings["class_path"])):
             found[f"{run.parent.name}/{run.name}"] = run
     return found
 
 
-def _restores(class_path: str) -> bool:
-    import importlib
-
+def restores(class_path: str) -> bool:
+    """Whether a class, by its dotted name, is a method that restores images."""
     module, _, name = class_path.rpartition(".")
     return issubclass(getattr(importlib.import_module(module), name), RestorationModule)
 
@@ -350,22 +346,9 @@ def _settings(path: Path, checkpoint: Path | None) -> dict[str, Any]:
         settings = yaml.safe_load(config.read_text()).get("model") if config is not None else None
     if settings is None:
         raise UsageError(f"runs: {path} has no checkpoint or configuration that isr fit wrote; give such a run")
-    if not _restores(str(settings["class_path"])):
+    if not restores(str(settings["class_path"])):
         raise UsageError(f"runs: {path} is of {settings['class_path']}, which restores no images; leave it out")
     return settings
-
-
-def _configured(settings: Mapping[str, Any]) -> RestorationModule:
-    """A model as its configuration makes it, with nothing loaded on top."""
-    from launch.parameters import parse
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump({"model": dict(settings)}, file)
-        file.flush()
-        parser, parsed = parse([file.name])
-    model: RestorationModule = parser.instantiate_classes(parsed).model
-    model.configure_model()
-    return model
 
 
 def _digest_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from common.adapters import adapter_names, merge
 from common.draws import Draws, generator
 from common.images import to_01, to_pm1
 from common.parameters import Row
-from common.restoration import Inference, RestorationModule
+from common.restoration import RestorationModule
 from common.training import Batch
 from papers.rfsr.bases import Base, Conditions, Description
 from papers.rfsr.sampling import advance
@@ -30,12 +30,8 @@ class BaseSR(RestorationModule):
             weight; null weighs all alike.
         optimizer: Of what is trained.
         lr_scheduler: Of the optimiser, stepped once an update.
-        scale: Super-resolution factor.
-        inference: How images are restored and scored.
-        seed: Of every random draw; at test time every image is given the same noise.
-        ema_decay: Decay of the average of the trained weights; null for none.
-        clip: Limit of the gradient norm; null for none.
-        accumulate: Batches whose gradients make one update.
+        **kwargs: As for every method: `scale`, `inference`, `seed` (at test time every image is given the same noise),
+            `ema_decay`, `clip`, `accumulate`.
     """
 
     trainable: ClassVar = {"generator": ("base.controlnet.*",)}
@@ -47,14 +43,9 @@ class BaseSR(RestorationModule):
         weight_limit: float | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        scale: int = 4,
-        inference: Inference | None = None,
-        seed: int = 0,
-        ema_decay: float | None = None,
-        clip: float | None = 1.0,
-        accumulate: int = 1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(scale, inference, seed, ema_decay, clip, accumulate)
+        super().__init__(**kwargs)
         with warnings.catch_warnings():  # the command line saves the base's settings, not the base
             warnings.filterwarnings("ignore", ".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()

@@ -183,13 +183,10 @@ class SeeSR(Base):
         networks: Folder with the authors' `unet` and `controlnet`, or `random:seesr`.
         tagger: Who makes tags and image tokens of low-quality images; null for `networks: random:...` only.
         architecture: That `isr parameters` counts while `networks` are not here.
-        sampler: `ddpm` (ancestral), `ddim` or `unipc`.
-        steps: S.
-        spacing: How the sampler's timesteps are spread.
         cfg_scale: Guidance at test time.
         prompt_suffix: Added to every image's tags at test time.
         negative_prompt: What guidance leads away from.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        **kwargs: As for every base: `sampler`, `steps`, `spacing`, `gradient_checkpointing`.
     """
 
     trained = SEESR_TRAINED
@@ -200,18 +197,19 @@ class SeeSR(Base):
         networks: str = "preset/models/seesr",
         tagger: Tagger | None = None,
         architecture: str = "seesr",
-        sampler: Sampler = "ddpm",
-        steps: int = 50,
-        spacing: Spacing = "leading",
         cfg_scale: float = 5.5,
         prompt_suffix: str = "clean, high-resolution, 8k",
         negative_prompt: str = "dotted, noise, blur, lowres, smooth",
-        gradient_checkpointing: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
-            pretrained, networks, sampler, steps, spacing, cfg_scale, prompt_suffix, negative_prompt,
-            gradient_checkpointing,
-        )  # fmt: skip
+            pretrained,
+            networks,
+            cfg_scale=cfg_scale,
+            prompt_suffix=prompt_suffix,
+            negative_prompt=negative_prompt,
+            **kwargs,
+        )
         self.tagger, self.architecture = tagger, architecture
 
     def load_networks(self) -> tuple[SeeSRUNet, SeeSRControlNet]:
@@ -264,11 +262,8 @@ class ControlNet(Base):
         grow: Start from a new ControlNet, made of the U-Net's weights, instead of loading one.
         sampler: `ddpm` (ancestral), `ddim` or `unipc`.
         steps: S.
-        spacing: How the sampler's timesteps are spread.
-        cfg_scale: Guidance at test time; 1 saves one of two calls.
-        prompt_suffix: Added to every image's text at test time.
-        negative_prompt: What guidance leads away from.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        **kwargs: As for every base: `spacing`, `cfg_scale`, `prompt_suffix`, `negative_prompt`,
+            `gradient_checkpointing`.
     """
 
     trained = ("controlnet.*",)
@@ -280,16 +275,9 @@ class ControlNet(Base):
         grow: bool = False,
         sampler: Sampler = "ddim",
         steps: int = 10,
-        spacing: Spacing = "leading",
-        cfg_scale: float = 1.0,
-        prompt_suffix: str = "",
-        negative_prompt: str = "",
-        gradient_checkpointing: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            pretrained, networks, sampler, steps, spacing, cfg_scale, prompt_suffix, negative_prompt,
-            gradient_checkpointing,
-        )  # fmt: skip
+        super().__init__(pretrained, networks, sampler, steps, **kwargs)
         self.grow = grow
 
     def load_networks(self) -> tuple[UNet2DConditionModel, ControlNetModel]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from common.adapters import ATTENTION_TARGETS, add_lora, without_adapters
@@ -24,7 +23,6 @@ from common.losses.dwt import Wavelet
 from common.losses.gram import GramDistance, GramFeatures
 from common.parameters import Row
 from common.pretrained import is_architecture_only
-from common.restoration import Inference
 from common.rewards import Reward, build_reward, reward_loss
 from common.training import Batch
 from papers.rfsr.base import BaseSR
@@ -110,15 +108,8 @@ class RFSR(BaseSR):
             (`shared_control`).
         lora_rank: Of `regulariser: lora`.
         measure_drift: Test also with theta', and write both images' rewards and their Gram distance.
-        prompt_dropout: Share of training samples whose text the generator does not see.
-        optimizer: Of what is trained.
-        lr_scheduler: Of the optimiser, stepped once an update.
-        scale: Super-resolution factor.
-        inference: How images are restored and scored.
-        seed: Of every random draw; at test time every image is given the same noise.
         ema_decay: Decay of the average of the trained weights, which starts at the base's; null for none.
-        clip: Limit of the gradient norm; null for none.
-        accumulate: Batches whose gradients make one update.
+        **kwargs: As for `BaseSR`, less `weight_limit`; only the generator loses texts to `prompt_dropout`.
     """
 
     trainable: ClassVar = {"generator": ("base.controlnet.*", "base.unet.*")}
@@ -145,19 +136,10 @@ class RFSR(BaseSR):
         reference: Literal["full", "shared_control"] = "full",
         lora_rank: int = 16,
         measure_drift: bool = False,
-        prompt_dropout: float = 0.5,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        scale: int = 4,
-        inference: Inference | None = None,
-        seed: int = 0,
         ema_decay: float | None = 0.999,
-        clip: float | None = 1.0,
-        accumulate: int = 1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            base, prompt_dropout, None, optimizer, lr_scheduler, scale, inference, seed, ema_decay, clip, accumulate
-        )
+        super().__init__(base, weight_limit=None, ema_decay=ema_decay, **kwargs)
         self.trained, self.regulariser, self.lambda_r = trained, regulariser, lambda_r
         self.rollout_kind, self.train_cfg_scale, self.lora_rank = rollout, train_cfg_scale, lora_rank
         self.early_loss, self.wavelet, self.lambda_dwt = early_loss, wavelet, lambda_dwt
