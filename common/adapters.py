@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from common.parameters import is_lora
+from common.pretrained import drawing_weights
 
 ATTENTION_TARGETS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 """The four projections of every attention layer."""
@@ -55,7 +55,7 @@ def add_lora(
         targets: Names of the layers (nn.Linear or nn.Conv2d) or endings of their dotted names, at a dot.
         name: Of the adapter, which becomes the active one.
         init: Of A: `gaussian` has standard deviation 1 / rank, `kaiming` is nn.Linear's.
-        seed: Of A; the global random state is neither read nor moved.
+        seed: Of A, which is drawn on the CPU wherever the module is; the global random state is neither read nor moved.
 
     Returns:
         The same module.
@@ -77,9 +77,8 @@ def add_lora(
         init_lora_weights="gaussian" if init == "gaussian" else True,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with drawing_weights(seed), warnings.catch_warnings():  # peft moves what it made to the device of the layer
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what we want
-        torch.default_generator.manual_seed(seed)  # peft draws on the CPU; torch.manual_seed would reseed CUDA too
         inject_adapter_in_model(config, module, adapter_name=name)
     _use(module, [name])
     for key, parameter in module.named_parameters():

@@ -40,15 +40,15 @@ class Draws:
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard normal, (B, *shape), float32."""
-        return self._stack(stream, lambda g: torch.randn(tuple(shape), generator=g))
+        return self._stack(stream, lambda g: torch.randn(tuple(shape), generator=g, device="cpu"))
 
     def integers(self, stream: str, low: int, high: int) -> Tensor:
         """Uniform over low .. high, both included, (B,), int64."""
-        return self._stack(stream, lambda g: torch.randint(low, high + 1, (), generator=g))
+        return self._stack(stream, lambda g: torch.randint(low, high + 1, (), generator=g, device="cpu"))
 
     def uniform(self, stream: str) -> Tensor:
         """Uniform over [0, 1), (B,), float32."""
-        return self._stack(stream, lambda g: torch.rand((), generator=g))
+        return self._stack(stream, lambda g: torch.rand((), generator=g, device="cpu"))
 
     def _stack(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         return torch.stack([draw(generator(self.seed, stream, index)) for index in self.index]).to(self.device)

@@ -28,6 +28,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from common.parameters import count
 
@@ -83,6 +84,24 @@ def architecture_only() -> Iterator[None]:
 def is_architecture_only() -> bool:
     """Whether the loaders build on the meta device just now."""
     return _architecture_only.get()
+
+
+@contextmanager
+def drawing_weights(seed: int) -> Iterator[None]:
+    """Within this context networks are made on the CPU, from this seed; in `architecture_only()` on the meta device.
+
+    That holds whatever the default device is: Lightning runs `configure_model` with the GPU as such, which draws from a
+    generator of its own and other numbers. The global random state is neither read nor moved. Who makes a network here
+    puts it where it belongs.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if is_architecture_only() else "cpu"):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
+        yield
+
+
+def network_device() -> torch.device:
+    """Where networks belong: on the default device; in `architecture_only()` on the meta device."""
+    return torch.device("meta") if is_architecture_only() else torch.empty(0).device
 
 
 def hub_table() -> dict[str, dict[str, Any]]:
@@ -418,7 +437,9 @@ def _build(
     """Build without weights: on the meta device, or with random values that are the same at every call.
 
     Sameness is what makes `random:` behave as weights do: two parts that start from one checkpoint (a generator and
-    its discriminator, a student and its teacher, two DDP processes) start equal.
+    its discriminator, a student and its teacher, two DDP processes) start equal. The values are drawn on the CPU and
+    then go to the default device. Each layer is cast as soon as it is made: memory holds the network once, in `dtype`.
+    The values are float32's, rounded, but for networks of transformers, which draws again in `dtype` at the end.
     """
     if is_architecture_only():
         with torch.device("meta"):
@@ -428,9 +449,24 @@ def _build(
         subfolder or "model",
         pretrained,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
-        return make().to(dtype)
+    with drawing_weights(seed), _layers_in(dtype):
+        model = make()
+    return model.to(network_device(), dtype)
+
+
+@contextmanager
+def _layers_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context a layer is cast as soon as it becomes part of another, which is after its own values."""
+
+    def cast(network: nn.Module, name: str, layer: nn.Module | None) -> None:
+        if layer is not None:
+            layer.to(dtype)
+
+    hook = register_module_module_registration_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _settle(model: nn.Module, trainable: bool) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Self
 
@@ -21,6 +20,8 @@ from diffusers import ControlNetModel, ModelMixin, Transformer2DModel, UNet2DCon
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
 from torch import Tensor, nn
+
+from common.pretrained import drawing_weights
 
 IMAGE_ATTENTIONS = "*.image_attentions.*"
 """Fits the names of what SeeSR adds to the U-Net, and trains in it."""
@@ -214,9 +215,7 @@ class _SeeSRNetwork(ModelMixin):
     @classmethod
     def _grow(cls, base: UNet2DConditionModel, new: Sequence[str], seed: int, **config: Any) -> Self:
         """Build after another network's config and with its weights; what fits `new` is random."""
-        on_meta = torch.device("meta") if base.device.type == "meta" else nullcontext()
-        with torch.random.fork_rng(devices=[]), on_meta:
-            torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
+        with drawing_weights(seed), torch.device("meta" if base.device.type == "meta" else "cpu"):
             net = cls(**_arguments(base, cls) | config)
         weights = base.state_dict()
         missing = [

@@ -119,7 +119,7 @@ class TinyAutoencoder(LightningModule):
         """PSNR of the averaged autoencoder's reconstruction, in RGB and Y, per crop; also under 10 % latent noise."""
         x = batch["hq"]
         z = self.ema.module.encode(x * 2 - 1).latent_dist.mean
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(batch_idx)).to(z)
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(batch_idx), device="cpu").to(z)
         for name, latent in {"": z, "_noisy": z + 0.1 * z.std((0, 2, 3), keepdim=True) * noise}.items():
             x_hat = (self.ema.module.decode(latent).sample / 2 + 0.5).clamp(0, 1)
             luma = torch.tensor([65.481, 128.553, 24.966], device=x.device).view(1, 3, 1, 1) / 255

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.losses.lpips import mean_square
 from common.losses.vgg import build_features, random_state, read_state, stage_channels
+from common.pretrained import network_device
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class LatentLPIPS(nn.Module):
         except RuntimeError as err:
             reason = " ".join(str(err).split())[:300]
             raise ValueError(f"weights={weights!r} is no latent LPIPS; pass {_FILE}: {reason}") from err
-        self.float().to(memory_format=torch.channels_last).requires_grad_(False).train(False)
+        self.to(memory_format=torch.channels_last).to(network_device(), torch.float32)
+        self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the module around it does."""

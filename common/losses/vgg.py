@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.pretrained import drawing_weights, network_device
+
 logger = logging.getLogger(__name__)
 
 Arch = Literal["vgg16", "vgg19", "alexnet"]
@@ -89,7 +91,7 @@ class VGGTrunk(nn.Module):
         load_features(self, arch, weights, width, seed)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last).requires_grad_(False).train(False)
+        self.to(memory_format=torch.channels_last).to(network_device()).requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the module around it does."""
@@ -180,15 +182,15 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
 
 
 def random_state(trunk: nn.Module, seed: int) -> dict[str, Tensor]:
-    """He initialisation over the fan-in, zero biases, from a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
+    """He initialisation over the fan-in, zero biases; on the CPU, see `drawing_weights`."""
     state = {}
-    for key, meta in trunk.state_dict().items():
-        if key.endswith("weight"):
-            std = math.sqrt(2 / math.prod(meta.shape[1:]))
-            state[key] = torch.randn(meta.shape, generator=generator, dtype=torch.float32) * std
-        else:
-            state[key] = torch.zeros(meta.shape)
+    with drawing_weights(seed):
+        for key, meta in trunk.state_dict().items():
+            if key.endswith("weight"):
+                std = math.sqrt(2 / math.prod(meta.shape[1:]))
+                state[key] = torch.randn(meta.shape, dtype=torch.float32) * std
+            else:
+                state[key] = torch.zeros(meta.shape)
     return state
 
 

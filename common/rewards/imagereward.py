@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.pretrained import HUB_ID, WeightsNotFoundError, ask_hub, is_architecture_only
+from common.pretrained import (
+    HUB_ID,
+    WeightsNotFoundError,
+    ask_hub,
+    drawing_weights,
+    is_architecture_only,
+    network_device,
+)
 from common.rewards.base import Reward
 
 logger = logging.getLogger(__name__)
@@ -223,6 +230,7 @@ class ImageReward(Reward):
             raise ValueError(f"weights={weights!r} is no ImageReward; pass its {_FILE}: {reason}") from err
         embeddings = self.text.embeddings  # holds the one buffer that no file has
         embeddings.position_ids = torch.arange(self.size.positions)[None]
+        self.to(network_device())
 
 
 def clip_pixels(x: Tensor, side: int) -> Tensor:
@@ -265,15 +273,15 @@ def released_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Normal weights over the fan-in, norms of weight 1, biases 0, from a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
+    """Normal weights over the fan-in, norms of weight 1, biases 0; on the CPU, see `drawing_weights`."""
     state = {}
-    for key, meta in model.state_dict().items():
-        if meta.ndim > 1:
-            std = 1 / math.sqrt(math.prod(meta.shape[1:]))
-            state[key] = std * torch.randn(meta.shape, generator=generator)
-        else:
-            state[key] = torch.full(meta.shape, float(key.endswith("weight")))
+    with drawing_weights(seed):
+        for key, meta in model.state_dict().items():
+            if meta.ndim > 1:
+                std = 1 / math.sqrt(math.prod(meta.shape[1:]))
+                state[key] = std * torch.randn(meta.shape)
+            else:
+                state[key] = torch.full(meta.shape, float(key.endswith("weight")))
     return state
 
 

@@ -22,10 +22,12 @@ from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import build_image_loss, discriminator_loss, generator_loss, mse
 from common.parameters import Row
 from common.pretrained import (
+    drawing_weights,
     is_architecture_only,
     load_schedule_config,
     load_unet,
     load_vae,
+    network_device,
 )
 from common.restoration import Inference, RestorationModule
 from common.training import Batch
@@ -160,12 +162,11 @@ class DFOSD(RestorationModule):
             init: Literal["normal"] | Tensor = "normal"
             if self.embedding_init == "empty_prompt":
                 init = encode_prompts(self.pretrained, [""])
-            with torch.random.fork_rng(devices=[]):  # the learned and the frozen noise start as the same tensor
-                torch.default_generator.manual_seed(self.seed)
+            with drawing_weights(self.seed):  # the learned and the frozen noise start as the same tensor
                 self.embedding = LearnedEmbedding(
                     self.embedding_tokens if init == "normal" else init.shape[1], width, init
                 )
-            self.embedding.requires_grad_(self.condition == "learned")
+            self.embedding.to(network_device()).requires_grad_(self.condition == "learned")
         elif self.condition == "empty":
             self.register_buffer("empty_prompt", encode_prompts(self.pretrained, [""]), persistent=False)
 
@@ -173,8 +174,7 @@ class DFOSD(RestorationModule):
         """Table 4b of D3SR: none, pixel CNN, Diffusion-GAN, and U-Net trunks (SD 2.1 or SDXL by `disc_pretrained`)."""
         self.discriminator: nn.Module | None = None
         self.disc_embedding: LearnedEmbedding | None = None
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed + 1)
+        with drawing_weights(self.seed + 1):
             if self.disc_kind == "nad":
                 unet = load_unet(self.disc_pretrained)
                 if self.gradient_checkpointing:
@@ -199,6 +199,9 @@ class DFOSD(RestorationModule):
                 )
             elif self.disc_kind == "pixel":
                 self.discriminator = PixelDiscriminator()
+        for network in (self.discriminator, self.disc_embedding):
+            if network is not None:
+                network.to(network_device())
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the names of the paper's complexity table."""

@@ -6,7 +6,6 @@ B batch, C latent channels, H W image and h w latent sides, N tokens, D token wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.autoencoder import LatentScaling, check_sides, no_autocast
 from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD, build_features, load_features, stage_channels
-from common.pretrained import is_architecture_only
+from common.pretrained import drawing_weights, is_architecture_only, network_device
 
 CONDITIONING_CHANNELS = (16, 32, 96, 256)
 """Widths of ControlNet's image embedding (arXiv:2302.05543, as in diffusers); each but the first halves the sides."""
@@ -52,12 +51,9 @@ class TimestepEstimator(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         if not is_architecture_only():
             load_features(self, "vgg19", weights, width, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
+        with drawing_weights(seed):
             self.head = nn.Linear(channels[-1], bins)
-        self.to(memory_format=torch.channels_last)
-        if is_architecture_only():
-            self.to("meta")
+        self.to(memory_format=torch.channels_last).to(network_device())
 
     def forward(self, x_01: Tensor) -> Tensor:
         """Estimate the timestep.
@@ -212,9 +208,7 @@ class ControlNetDiscriminator(nn.Module):
         if len(heads) != len(channels):
             raise ValueError(f"heads={list(heads)} must have one number for each of channels={list(channels)}.")
         self.downscale = downscale
-        on_meta = torch.device("meta") if is_architecture_only() else nullcontext()
-        with torch.random.fork_rng(devices=[]), on_meta:
-            torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
+        with drawing_weights(seed):
             self.trunk = ControlNetModel(
                 in_channels=in_channels,
                 block_out_channels=tuple(channels),
@@ -232,6 +226,7 @@ class ControlNetDiscriminator(nn.Module):
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             self.head = nn.Linear(channels[-1], 1)
+        self.to(network_device())
         if gradient_checkpointing:
             self.trunk.enable_gradient_checkpointing()
 

@@ -7,7 +7,6 @@ B batch, C channels, H W image and h w feature sides, N tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from common.autoencoder import no_autocast
 from common.draws import Draws
 from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
-from common.pretrained import is_architecture_only, load_vision_model
+from common.pretrained import drawing_weights, load_vision_model
 
 _VIT, _CONVNEXT = "dinov3_vit", "dinov3_convnext"  # transformers' model types
 _DEFAULT_LEVELS = (5, 9, 12)  # of 12 blocks
@@ -210,12 +209,11 @@ class Discriminator(nn.Module):
         makers = [conv_head] * len(self.trunk.levels)
         if self.trunk.is_vit:
             makers[-1] = token_head
-        on_meta = torch.device("meta") if is_architecture_only() else nullcontext()
-        with torch.random.fork_rng(devices=[]), on_meta:
-            torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
+        with drawing_weights(seed):
             self.heads = nn.ModuleList(
                 make(channels, hidden) for make, channels in zip(makers, self.trunk.channels, strict=True)
             )
+        self.heads.to(self.trunk.model.device)
 
     def forward(self, x_pm1: Tensor, draws: Draws | None = None, stream: str = "augment") -> list[Tensor]:
         """Judge whether images are photos.

@@ -111,7 +111,8 @@ class BaseSR(RestorationModule):
         """All steps of the base's sampler; the noise is the same for every image and tile."""
         c = self.base.see(x_lq, self.scale, conditions)
         size = c.z_lq.shape[1:]
-        noise = torch.randn(size, generator=generator(self.seed, "test/start", 0)).to(c.z_lq).expand_as(c.z_lq)
+        noise = torch.randn(size, generator=generator(self.seed, "test/start", 0), device="cpu")
+        noise = noise.to(c.z_lq).expand_as(c.z_lq)
         generators = [generator(self.seed, "test/steps", 0) for _ in c.z_lq]
         z = self.base.start(c, noise)
         sampler = self.base.sampler()

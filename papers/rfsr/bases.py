@@ -20,6 +20,7 @@ from common.diffusion import NoiseSchedule
 from common.images import bicubic_upsample, to_pm1
 from common.parameters import Row
 from common.pretrained import (
+    drawing_weights,
     is_architecture_only,
     load_diffusers_model,
     load_schedule_config,
@@ -285,8 +286,7 @@ class ControlNet(Base):
         unet = load_unet(self.networks)
         if not self.grow:
             return unet, load_diffusers_model(ControlNetModel, self.networks, "controlnet")
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if is_architecture_only() else "cpu"):
-            torch.default_generator.manual_seed(0)  # of the embedding of the control, all that is not the U-Net's
+        with drawing_weights(0):  # the embedding of the control, all that is not the U-Net's
             width = unet.config.block_out_channels[0]
             controlnet = ControlNetModel.from_unet(
                 unet,
@@ -294,7 +294,7 @@ class ControlNet(Base):
                 conditioning_channels=self.codec.latent_channels,
                 load_weights_from_unet=not is_architecture_only(),
             )
-        return unet, controlnet.requires_grad_(False).eval()
+        return unet, controlnet.to(unet.device).requires_grad_(False).eval()
 
     def control(self, x_up: Tensor, z_lq: Tensor) -> Tensor:
         """The latents, of the noisy ones' size."""

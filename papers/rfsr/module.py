@@ -245,7 +245,9 @@ class RFSR(BaseSR):
 
     def draw_step(self) -> int:
         """One of the trained steps for the whole batch and all processes: their rollouts are of one length."""
-        chosen = torch.randint(len(self.steps), (), generator=generator(self.seed, "st", int(self.train_step)))
+        chosen = torch.randint(
+            len(self.steps), (), generator=generator(self.seed, "st", int(self.train_step)), device="cpu"
+        )
         return self.steps[int(chosen)]
 
     def rollout(self, c: Conditions, st: int, draws: Draws) -> Tensor:

@@ -1,6 +1,7 @@
 """LoRA: the papers' counts, no effect at the start, gradients to the adapter alone, merging without loss."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -139,6 +140,20 @@ class TestAdding:
         other = adapter_state(add_lora(make_unet(), 4, 4, OSEDIFF_TARGETS, seed=6))
         assert all(torch.equal(first[key], second[key]) for key in first)
         assert not torch.equal(first["conv_in.lora_A.weight"], other["conv_in.lora_A.weight"])
+
+    @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+    def test_the_default_device_does_not_decide_it(self, init: Literal["gaussian", "kaiming"]) -> None:
+        first = adapter_state(add_lora(make_unet(), 4, 4, OSEDIFF_TARGETS, init=init, seed=5))
+        unet = make_unet()
+        with torch.device("meta"):
+            second = adapter_state(add_lora(unet, 4, 4, OSEDIFF_TARGETS, init=init, seed=5))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+    def test_of_an_architecture_takes_no_memory(self, calls: list[tuple[str, str]]) -> None:
+        with architecture_only():
+            unet = load_unet("random:f2idiff_tiny")
+            add_lora(unet, 4, 4, OSEDIFF_TARGETS)
+        assert {device for _, device in calls} == {"meta"}
 
     def test_gaussian_start_has_deviation_one_over_rank(self) -> None:
         net = add_lora(nn.Sequential(nn.Linear(4096, 8)), 4, 4, ["0"])

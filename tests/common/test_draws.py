@@ -38,6 +38,18 @@ def test_the_global_random_state_is_neither_read_nor_moved() -> None:
     assert torch.equal(first, draws([0]).normal("a", (5,)))
 
 
+def test_the_default_device_does_not_decide_them() -> None:
+    for of in (
+        lambda d: d.normal("a", (3, 2)),
+        lambda d: d.integers("a", 0, 999),
+        lambda d: d.uniform("a"),
+    ):
+        expected = of(draws([4, 5]))
+        d = draws([4, 5])
+        with torch.device("meta"):
+            assert torch.equal(of(d).cpu(), expected)
+
+
 def test_golden_values_hold_across_releases() -> None:
     """A change here breaks the resume of runs begun before it."""
     g = generator(0, "a", 0)

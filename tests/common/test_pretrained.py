@@ -269,6 +269,32 @@ class TestRandom:
         second = load_unet("random:small").state_dict()
         assert all(torch.equal(first[key], second[key]) for key in first)
 
+    def test_values_are_drawn_on_the_cpu_and_go_to_the_default_device(self, calls: list[tuple[str, str]]) -> None:
+        with torch.device("meta"):
+            parts = load_unet("random:small"), load_text_encoder("random:small")[1]
+        drawn = {call for call in calls if call[0] in ("uniform_", "normal_")}
+        assert drawn == {("uniform_", "cpu"), ("normal_", "cpu")}
+        assert {p.device.type for part in parts for p in part.parameters()} == {"meta"}
+
+    def test_each_layer_is_cast_before_the_next_is_made(self) -> None:
+        class Two(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = torch.nn.Linear(3, 3)
+                self.first_dtype = self.first.weight.dtype
+                self.second = torch.nn.ModuleList([torch.nn.Linear(3, 3)])
+
+        two = module._build(Two, "random:two", "", torch.bfloat16)
+        assert two.first_dtype == torch.bfloat16
+        after = torch.nn.Linear(3, 3).weight.dtype
+        assert (two.second[0].weight.dtype, after) == (torch.bfloat16, torch.float32)
+
+    def test_bfloat16_is_float32_rounded(self) -> None:
+        exact, rounded = (
+            load_unet("random:small", dtype=dtype).state_dict() for dtype in (torch.float32, torch.bfloat16)
+        )
+        assert all(torch.equal(exact[key].bfloat16(), rounded[key]) for key in exact)
+
     def test_is_not_what_the_folder_holds(self, folder: Path) -> None:
         assert not torch.equal(load_unet("random:small").conv_in.weight, load_unet(str(folder)).conv_in.weight)
 

@@ -452,6 +452,15 @@ class TestFromBase:
         assert torch.equal(first[name], second[name])
         assert not torch.equal(first[name], other[name])
 
+    def test_the_default_device_does_not_decide_it(self) -> None:
+        base = UNet2DConditionModel(**UNET)
+        unet = SeeSRUNet.from_base(base, IMAGE)
+        control = SeeSRControlNet.from_base(unet, (4, 6, 8, 8))
+        with torch.device("meta"):
+            found = SeeSRUNet.from_base(base, IMAGE), SeeSRControlNet.from_base(unet, (4, 6, 8, 8))
+        for expected, net in zip((unet, control), found, strict=True):
+            assert all(torch.equal(value, net.state_dict()[key]) for key, value in expected.state_dict().items())
+
     def test_it_has_the_dtype_of_its_base(self) -> None:
         unet = SeeSRUNet.from_base(UNet2DConditionModel(**UNET).to(torch.bfloat16), IMAGE)
         assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}

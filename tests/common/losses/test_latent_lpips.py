@@ -234,6 +234,12 @@ class TestRandomWeights:
         assert all(torch.equal(value, second[key]) for key, value in first.state_dict().items())
         assert not torch.equal(second["net.slice1.0.weight"], other["net.slice1.0.weight"])
 
+    def test_are_drawn_on_the_cpu_and_go_to_the_default_device(self, calls: list[tuple[str, str]]) -> None:
+        with torch.device("meta"):
+            loss = LatentLPIPS(width=0.125)
+        assert {device for name, device in calls if name == "randn"} == {"cpu"}
+        assert {parameter.device.type for parameter in loss.parameters()} == {"meta"}
+
     def test_weigh_every_channel_by_one_over_their_number(self) -> None:
         state = LatentLPIPS(width=0.25).state_dict()
         for k, num in enumerate((16, 32, 64, 128, 128)):

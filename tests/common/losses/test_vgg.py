@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from common.losses.vgg import L2Pool, VGGTrunk
+from common.losses.vgg import L2Pool, VGGTrunk, build_features, random_state, stage_channels
+from common.pretrained import architecture_only
 
 _CONV_INDICES = {
     "vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
@@ -125,6 +126,22 @@ class TestRandomWeights:
         second, other = VGGTrunk([3], width=0.25).state_dict(), VGGTrunk([3], width=0.25, seed=1).state_dict()
         assert all(torch.equal(first[key], second[key]) for key in first)
         assert not torch.equal(first["features.0.weight"], other["features.0.weight"])
+
+    def test_the_default_device_does_not_decide_them(self, calls: list[tuple[str, str]]) -> None:
+        trunk, layout = VGGTrunk([3], width=0.25), nn.Module()
+        layout.features = build_features("vgg16", stage_channels(0.25), "max")
+        with torch.device("meta"):
+            drawn = random_state(layout, 0)
+            elsewhere = VGGTrunk([3], width=0.25, pooling="l2")
+        assert all(torch.equal(value, drawn[key]) for key, value in trunk.state_dict().items())
+        assert {device for name, device in calls if name == "randn"} == {"cpu"}
+        assert {value.device.type for value in [*elsewhere.parameters(), *elsewhere.buffers()]} == {"meta"}
+
+    def test_of_an_architecture_take_no_memory(self, calls: list[tuple[str, str]]) -> None:
+        with architecture_only():
+            trunk = VGGTrunk([3], width=0.25, pooling="l2")
+        assert {device for name, device in calls if name == "randn"} == {"meta"}
+        assert {value.device.type for value in [*trunk.parameters(), *trunk.buffers()]} == {"meta"}
 
     def test_keep_the_power_of_the_signal_through_the_depth(self) -> None:
         trunk = VGGTrunk(_CONV_INDICES["vgg16"], pooling="l2")

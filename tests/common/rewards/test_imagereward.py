@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertTokenizer
 
 from common.pretrained import WeightsNotFoundError, architecture_only
-from common.rewards.imagereward import ImageReward, ImageRewardSize, clip_pixels, released_to_ours
+from common.rewards.imagereward import ImageReward, ImageRewardSize, _random_state, clip_pixels, released_to_ours
 
 SMALL = ImageRewardSize(
     image=32,
@@ -366,6 +366,14 @@ class TestWeights:
         assert torch.equal(one.score_ids(IDS, MASK, x), same.score_ids(IDS, MASK, x))
         assert not torch.equal(one.score_ids(IDS, MASK, x), other.score_ids(IDS, MASK, x))
         assert not any(value.is_meta for value in [*one.parameters(), *one.buffers()])
+
+    def test_the_default_device_does_not_decide_random_ones(self) -> None:
+        reward = ImageReward("random", size=SMALL)
+        with torch.device("meta"):
+            drawn = _random_state(reward, 0)
+            elsewhere = ImageReward("random", size=SMALL)
+        assert all(torch.equal(value, drawn[key]) for key, value in reward.state_dict().items())
+        assert {value.device.type for value in [*elsewhere.parameters(), *elsewhere.buffers()]} == {"meta"}
 
 
 @pytest.mark.weights

@@ -523,6 +523,32 @@ class TestConditions:
         assert torch.equal(made[0], made[1])
         assert not torch.equal(made[0], made[2])
 
+    def test_the_embedding_is_drawn_on_the_cpu_and_goes_to_the_default_device(
+        self, sd: str, calls: list[tuple[str, str]]
+    ) -> None:
+        model = method(sd)
+        with torch.device("meta"):
+            model._configure_condition(16)
+        assert {device for name, device in calls if name == "randn"} == {"cpu"}
+        assert model.embedding is not None
+        assert model.embedding.embedding.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["nad", "latent", "pixel"])
+def test_discriminators_are_drawn_on_the_cpu_and_go_to_the_default_device(
+    kind: str, sd: str, calls: list[tuple[str, str]]
+) -> None:
+    model = method(sd, discriminator=kind, disc_prompt="own_learned", perceptual="none")
+    model.configure_model()
+    assert model.generator is not None
+    del calls[:]
+    with torch.device("meta"):
+        model._configure_discriminator(model.generator.schedule)
+    assert {device for name, device in calls if name in ("randn", "uniform_", "normal_")} == {"cpu"}
+    found = {n: p.device.type for n, p in model.named_parameters() if n.startswith(("discriminator.", "disc_emb"))}
+    assert set(found.values()) == {"meta"}
+    assert ("disc_embedding.embedding" in found) is (kind == "nad")
+
 
 class TestD3SR:
     def test_an_sdxl_discriminator_gets_zeros_for_text_and_sds_latents(self, sd: str, sdxl: str, batch: Batch) -> None:

@@ -403,9 +403,12 @@ class TestDiscriminator:
         assert_close(grads[0], grads[1])
 
 
-@pytest.mark.parametrize(
+drawn_networks = pytest.mark.parametrize(
     "make", [lambda seed: TimestepEstimator("random", 0.125, seed=seed), lambda seed: demo_discriminator(seed=seed)]
 )
+
+
+@drawn_networks
 def test_random_weights_are_the_seeds_alone(make: Callable[[int], nn.Module]) -> None:
     before = torch.get_rng_state()
     first, again, other = make(0), make(0), make(1)
@@ -413,6 +416,29 @@ def test_random_weights_are_the_seeds_alone(make: Callable[[int], nn.Module]) ->
     for one, two, three in zip(first.parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
         assert one.ndim == 1 or not torch.equal(one, three)
+
+
+@drawn_networks
+def test_random_weights_are_drawn_on_the_cpu_and_go_to_the_default_device(
+    make: Callable[[int], nn.Module], calls: list[tuple[str, str]]
+) -> None:
+    make(0)
+    usual = list(calls)
+    del calls[:]
+    with torch.device("meta"):
+        net = make(0)
+    drawn, expected = ([c for c in of if c[0] in ("randn", "uniform_", "normal_")] for of in (calls, usual))
+    assert drawn == expected
+    assert ("uniform_", "cpu") in drawn
+    assert {value.device.type for value in [*net.parameters(), *net.buffers()]} == {"meta"}
+
+
+@drawn_networks
+def test_an_architecture_takes_no_memory(make: Callable[[int], nn.Module], calls: list[tuple[str, str]]) -> None:
+    with architecture_only():
+        net = make(0)
+    assert {device for name, device in calls if name in ("randn", "uniform_", "normal_")} == {"meta"}
+    assert {value.device.type for value in [*net.parameters(), *net.buffers()]} == {"meta"}
 
 
 def test_the_encoders_layers_draw_nothing() -> None:

@@ -125,6 +125,14 @@ class TestCounts:
         assert [logit.shape for logit in logits] == [(2, 1, 2, 2), (2, 1, 2, 2), (2, 1, 8, 8)]
         assert all(logit.std() > 0.01 for logit in logits)
 
+    def test_heads_are_drawn_on_the_cpu_and_go_to_the_trunks_device(self, calls: list[tuple[str, str]]) -> None:
+        with torch.device("meta"):
+            disc = Discriminator(TINY)
+        draws = [call for call in calls if call[0] in ("uniform_", "normal_", "normal")]
+        assert {device for _, device in draws} == {"cpu"}
+        held = [*disc.heads.parameters(), *disc.heads.buffers(), *disc.trunk.parameters()]
+        assert {tensor.device.type for tensor in held} == {"meta"}
+
     @pytest.mark.parametrize(("trunk", "architecture"), [(VIT, "dinov3_vitb16"), (CONVNEXT, "dinov3_convnext_l")])
     def test_missing_weights_are_said_to_be_gated_with_their_licence(
         self, trunk: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from common.conditioning.text import encode_prompts
 from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
 from common.pretrained import load_unet
-from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged
+from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged, bases
 from papers.rfsr.bases import Base, Conditions, Description
 
 TAGS = ["roof, tree", "dog, grass"]
@@ -153,6 +153,20 @@ class TestControlNet:
             plain = unet(z, 601, c.description.e_txt, return_dict=False)[0]
             assert torch.equal(base.predict(z, 601, c), plain)
         assert base.timesteps == list(range(901, 0, -100))
+
+    def test_a_grown_one_is_drawn_on_the_cpu_and_goes_to_the_u_net(
+        self, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, str]]
+    ) -> None:
+        base = ControlNet("tiny", grow=True)
+        base.configure()
+        grow, bare = ControlNetModel.from_unet, {"load_weights_from_unet": False}  # meta has none to copy
+        monkeypatch.setattr(ControlNetModel, "from_unet", lambda unet, **config: grow(unet, **config | bare))
+        monkeypatch.setattr(bases, "load_unet", lambda _: load_unet("tiny").to("meta"))
+        del calls[:]
+        with torch.device("meta"):
+            _, controlnet = base.load_networks()
+        assert ("uniform_", "cpu") in calls
+        assert {p.device.type for p in controlnet.parameters()} == {"meta"}
 
     def test_its_controlnet_looks_at_the_low_quality_latents(self, make: Make, batch: Batch) -> None:
         model = make()
