@@ -75,6 +75,7 @@ class SRData(LightningDataModule):
         batch_size: Training crops of one rank's batch.
         num_workers: Processes that make training batches on each rank; 0 makes them in the main process.
         degradation: osediff, omgsr, invsr, bicubic, or a DegradationConfig's fields.
+        train_degradation: Likewise, of training crops alone; null is `degradation`.
         batches_per_epoch: Training batches that Lightning calls an epoch; null is one pass over the photos.
         eval_crop_size: Side of the crops that photos for validation are cut to, HQ px; null is crop_size.
         val_seeds: Degradations of each such crop.
@@ -104,6 +105,7 @@ class SRData(LightningDataModule):
         batch_size: int = 4,
         num_workers: int = 4,
         degradation: str | DegradationConfig = "osediff",
+        train_degradation: str | DegradationConfig | None = None,
         batches_per_epoch: int | None = None,
         eval_crop_size: int | None = None,
         val_seeds: int = 1,
@@ -136,18 +138,21 @@ class SRData(LightningDataModule):
         self.val_seeds, self.val_crops, self.seed, self.flips = val_seeds, val_crops, seed, flips
         self.prompts, self.on_error = prompts, on_error
         self.degradation = self._degradation(degradation)
+        self.train_degradation = self.degradation
+        if train_degradation is not None:
+            self.train_degradation = self._degradation(train_degradation, "train_degradation")
         self.dataset_names: dict[str, list[str]] = {"val": [], "test": []}
         self.train_images: HQImages | None = None
         self._sets: dict[str, list[Dataset[Sample]]] = {"val": [], "test": [], "predict": []}
 
-    def _degradation(self, wanted: str | DegradationConfig) -> Degradation | None:
+    def _degradation(self, wanted: str | DegradationConfig, argument: str = "degradation") -> Degradation | None:
         """What makes LQ crops; None is bicubic. A preset takes on the scale; own fields must name the same."""
         if wanted == "bicubic":
             return None
         if isinstance(wanted, str):
             return Degradation(replace(preset(wanted), scale=self.scale))
         if wanted.scale != self.scale:
-            raise ValueError(f"degradation.scale={wanted.scale} is not scale={self.scale}; set both to one value")
+            raise ValueError(f"{argument}.scale={wanted.scale} is not scale={self.scale}; set both to one value")
         return Degradation(wanted)
 
     def _prompts(self, split: str) -> GivenPrompts:
@@ -159,7 +164,7 @@ class SRData(LightningDataModule):
             source,
             self.scale,
             self.crop_size,
-            self.degradation,
+            self.train_degradation,
             self.seed,
             self._prompts("train"),
             self.on_error,
@@ -228,6 +233,11 @@ class SRData(LightningDataModule):
     def _take(self, split: str, sets: list[NamedSet]) -> None:
         self.dataset_names[split] = [name for name, _ in sets]
         self._sets[split] = [images for _, images in sets]
+
+    def texts(self) -> list[str]:
+        """The distinct prompts of the training and validation sets, known after `setup`."""
+        sets: list[Any] = [self.train_images, *self._sets["val"]]
+        return list(dict.fromkeys(text for images in sets if images is not None for text in images.texts))
 
     def _ranks(self) -> tuple[int, int]:
         """(number of ranks, this rank)."""
@@ -356,7 +366,7 @@ class Photos(SRData):
             draws,
             self.scale,
             self.crop_size,
-            self.degradation,
+            self.train_degradation,
             self.seed,
             self._prompts("train") or CAPTIONS,
             self.on_error,

@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,13 +160,16 @@ class Prompts:
 GivenPrompts = Prompts | Mapping[str, str] | None
 
 
-class _Texts:
+class Texts:
     """The prompt of each image: its manifest's, else the one from `prompts`, else empty."""
 
     def __init__(self, given: Sequence[str | None], names: Sequence[str], prompts: GivenPrompts) -> None:
         self.given, self.names, self.prompts = given, names, prompts
         if isinstance(prompts, Prompts):
             prompts.require([name for name, prompt in zip(names, given, strict=True) if prompt is None])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self.given)))
 
     def __getitem__(self, index: int) -> str:
         prompt = self.given[index]
@@ -266,7 +269,7 @@ class HQImages(Dataset[Sample]):
         distinct = list(dict.fromkeys(self.paths))
         name_of = dict(zip(distinct, unique_names(distinct), strict=True))
         self.names = [name_of[path] for path in self.paths]
-        self._texts = _Texts([entry.prompt for entry in listed], self.names, prompts)
+        self.texts = Texts([entry.prompt for entry in listed], self.names, prompts)
         factors = rescales or {}
         self._items = [
             (place, factor) for place, path in enumerate(self.paths) for factor in factors.get(path.stem, (1.0,))
@@ -346,7 +349,7 @@ class HQImages(Dataset[Sample]):
         return {
             "lq": to_tensor(lq),
             "hq": to_tensor(hq),
-            "prompt": self._texts[place],
+            "prompt": self.texts[place],
             "name": self.names[place],
             "index": position,
         }
@@ -502,7 +505,7 @@ class Pairs(Dataset[Sample]):
             raise ValueError(f"csv={csv} pairs {first_five(twice)} more than once; leave one pair each")
         names = unique_names(lqs, lq_root if csv is None else None)
         self.pairs = [Pair(lq, hq, name, prompt) for (lq, hq, prompt), name in zip(found, names, strict=True)]
-        self._texts = _Texts([pair.prompt for pair in self.pairs], names, prompts)
+        self.texts = Texts([pair.prompt for pair in self.pairs], names, prompts)
 
     @staticmethod
     def _without_broken(
@@ -549,7 +552,7 @@ class Pairs(Dataset[Sample]):
         return {
             "lq": to_tensor(read_image(pair.lq)),
             "hq": to_tensor(read_image(pair.hq)),
-            "prompt": self._texts[index],
+            "prompt": self.texts[index],
             "name": pair.name,
             "index": index,
         }
@@ -607,7 +610,7 @@ class LQImages(Dataset[Sample]):
                 image_size(path)
         self.paths = [path for path, _ in listed]
         self.names = unique_names(self.paths, root)
-        self._texts = _Texts([prompt for _, prompt in listed], self.names, prompts)
+        self.texts = Texts([prompt for _, prompt in listed], self.names, prompts)
 
     def _can_be_read(self, path: Path) -> bool:
         try:
@@ -623,7 +626,7 @@ class LQImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return {
             "lq": to_tensor(read_image(self.paths[index])),
-            "prompt": self._texts[index],
+            "prompt": self.texts[index],
             "name": self.names[index],
             "index": index,
         }
@@ -676,7 +679,7 @@ class DegradedCrops(Dataset[Sample]):
             listed = dict(list_images(paths, argument))
             self.paths, given = list(listed), list(listed.values())
             self.names = unique_names(self.paths)
-        self._texts = _Texts(given, self.names, prompts)
+        self.texts = Texts(given, self.names, prompts)
         self.skipped: list[str] = []
         grid = [
             (photo, row, column, seed)
@@ -721,7 +724,7 @@ class DegradedCrops(Dataset[Sample]):
         return {
             "lq": to_tensor(lq),
             "hq": to_tensor(hq),
-            "prompt": self._texts[photo],
+            "prompt": self.texts[photo],
             "name": f"{crop}_s{seed}",
             "index": index,
         }

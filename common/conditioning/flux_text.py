@@ -18,6 +18,7 @@ from common.pretrained import architecture_only, is_architecture_only, load_text
 CLIP = ("text_encoder", "tokenizer")
 T5 = ("text_encoder_2", "tokenizer_2")
 
+_BATCH = 16  # prompts that are encoded at once where there are many
 _CACHE_SIZE = 2048  # prompts; 512 x 4096 numbers of bfloat16 take 4.2 MB each
 _cache: OrderedDict[tuple[str, int, str], FluxText] = OrderedDict()
 _kept: dict[tuple[str, str], tuple[Any, Any]] = {}
@@ -57,7 +58,7 @@ def encode_flux_prompts(
         return _encode(pretrained, list(prompts), "meta", max_tokens)
     wanted = {prompt: (pretrained, max_tokens, prompt) for prompt in prompts}
     found = {prompt: _cache[key] for prompt, key in wanted.items() if key in _cache}
-    files = {prompt: Path(folder) / f"{_digest(*key)}.safetensors" for prompt, key in wanted.items()} if folder else {}
+    files = {prompt: _file(folder, *key) for prompt, key in wanted.items()} if folder else {}
     for prompt, file in files.items():
         if prompt not in found and file.is_file():
             found[prompt] = FluxText(**load_file(file))
@@ -66,8 +67,9 @@ def encode_flux_prompts(
         encoded = _encode(pretrained, fresh, device, max_tokens, keep)
         rows = zip(encoded.tokens.cpu(), encoded.pooled.cpu(), strict=True)
         found |= {prompt: FluxText(*row) for prompt, row in zip(fresh, rows, strict=True)}
-        for prompt in fresh if files else ():
-            with replacing(files[prompt]) as temporary:
+    for prompt, file in files.items():
+        if not file.is_file():  # also of one that was remembered before there was a folder
+            with replacing(file) as temporary:
                 save_file({name: part.contiguous() for name, part in found[prompt]._asdict().items()}, temporary)
     for prompt, key in wanted.items():
         _cache[key] = found[prompt]
@@ -76,6 +78,43 @@ def encode_flux_prompts(
         _cache.popitem(last=False)
     columns = zip(*(found[prompt] for prompt in prompts), strict=True)
     return FluxText(*(torch.stack(column).to(device) for column in columns))
+
+
+def cache_flux_prompts(
+    pretrained: str,
+    prompts: Sequence[str],
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    max_tokens: int = 512,
+) -> int:
+    """Embed the prompts that a folder lacks, as `encode_flux_prompts` would; both encoders are loaded once, then freed.
+
+    Args:
+        pretrained: As for `encode_flux_prompts`.
+        prompts: Prompts; one that comes twice is one.
+        folder: Where their embeddings are kept.
+        device: Where to encode.
+        max_tokens: As for `encode_flux_prompts`.
+
+    Returns:
+        How many were lacking.
+    """
+    distinct = dict.fromkeys(prompts)
+    fresh = [prompt for prompt in distinct if not _file(folder, pretrained, max_tokens, prompt).is_file()]
+    try:
+        for start in range(0, len(fresh), _BATCH):
+            encode_flux_prompts(pretrained, fresh[start : start + _BATCH], device, max_tokens, True, folder)
+    finally:
+        for name, _ in (T5, CLIP):
+            _kept.pop((pretrained, name), None)
+    return len(fresh)
+
+
+def flux_text_bytes(pretrained: str) -> int:
+    """Bytes of the two encoders in the types in which they are loaded; counted without their weights."""
+    with architecture_only():
+        encoders = [_encoder(pretrained, parts, "meta", False)[1] for parts in (CLIP, T5)]
+    return sum(parameter.nbytes for encoder in encoders for parameter in encoder.parameters())
 
 
 def flux_text_rows(pretrained: str) -> list[Row]:
@@ -121,8 +160,9 @@ def _encoder(pretrained: str, parts: tuple[str, str], device: torch.device | str
     return loaded
 
 
-def _digest(pretrained: str, max_tokens: int, prompt: str) -> str:
-    return hashlib.blake2b(f"{pretrained}\n{max_tokens}\n{prompt}".encode(), digest_size=16).hexdigest()
+def _file(folder: str | Path, pretrained: str, max_tokens: int, prompt: str) -> Path:
+    digest = hashlib.blake2b(f"{pretrained}\n{max_tokens}\n{prompt}".encode(), digest_size=16).hexdigest()
+    return Path(folder) / f"{digest}.safetensors"
 
 
 def _ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> Tensor:

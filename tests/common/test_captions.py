@@ -202,7 +202,7 @@ class TestCaptions:
 
     def test_a_florence_like_model_gets_the_instruction_as_its_task_and_is_not_cut(self, images: Tensor) -> None:
         class Inputs(dict[str, Tensor]):
-            def to(self, device: torch.device) -> "Inputs":
+            def to(self, device: torch.device, dtype: torch.dtype) -> "Inputs":
                 return self
 
         class Processor:
@@ -245,6 +245,28 @@ class TestCaptions:
         assert not any(parameter.requires_grad for parameter in model.parameters())
         captioner.to("meta")
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+    @pytest.mark.parametrize("kind", ["blip", "llava"])
+    def test_the_weights_are_float32_on_a_cpu_unless_another_type_is_chosen(
+        self, kind: str, images: Tensor, request: pytest.FixtureRequest
+    ) -> None:
+        for chosen, expected in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            captioner = Captioner(request.getfixturevalue(kind), max_new_tokens=2, dtype=chosen)  # type: ignore[arg-type]
+            assert len(captioner(images)) == 3
+            assert captioner._loaded is not None
+            assert captioner._loaded[1].dtype == expected
+
+    def test_an_accelerator_takes_bfloat16_of_itself(self, blip: str, images: Tensor) -> None:
+        for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
+            captioner = Captioner(blip, max_new_tokens=1, dtype=dtype)  # type: ignore[arg-type]
+            captioner(images)
+            captioner.to("meta")  # which is no CPU
+            assert captioner._loaded is not None
+            assert captioner._loaded[1].dtype == expected
+
+    def test_another_dtype_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="dtype='half' is unknown; use one of auto, float32, bfloat16"):
+            Captioner("a/b", dtype="half")  # type: ignore[arg-type]
 
     def test_what_is_no_batch_of_images_and_no_number_of_tokens_is_refused(self, blip: str, images: Tensor) -> None:
         with pytest.raises(ValueError, match=r"x_01 has shape \(3, 20, 28\); \(B, 3, h, w\) is wanted"):

@@ -14,7 +14,13 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 
 from common import pretrained as loaders
 from common.conditioning import flux_text as module
-from common.conditioning.flux_text import encode_flux_prompts, flux_text_rows, forget_flux_prompts
+from common.conditioning.flux_text import (
+    cache_flux_prompts,
+    encode_flux_prompts,
+    flux_text_bytes,
+    flux_text_rows,
+    forget_flux_prompts,
+)
 from common.parameters import Row
 from common.pretrained import architecture_only, load_text_encoder
 
@@ -135,6 +141,31 @@ def test_embeddings_in_a_folder_need_no_encoder_and_depend_on_the_length(
     assert encode_flux_prompts(folder, ["a"], max_tokens=8, folder=tmp_path).tokens.shape[1] == 8
 
 
+def test_a_folder_is_filled_with_what_it_lacks_by_encoders_that_are_loaded_once_and_freed(
+    folder: str, loads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BATCH", 2)
+    encode_flux_prompts(folder, ["a"], max_tokens=8, folder=tmp_path)
+    loads.clear()
+    prompts = [*"abcdef", "b"]
+    assert cache_flux_prompts(folder, prompts, tmp_path, max_tokens=8) == 5
+    assert loads == ["text_encoder_2", "text_encoder"]
+    assert not module._kept
+    assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    assert cache_flux_prompts(folder, prompts, tmp_path, max_tokens=8) == 0
+    forget_flux_prompts()
+    found = encode_flux_prompts(folder, prompts, max_tokens=8, folder=tmp_path)
+    assert len(loads) == 2
+    for part, expected in zip(found, encode_flux_prompts(folder, prompts, max_tokens=8), strict=True):
+        assert_close(part, expected)
+
+
+def test_a_prompt_that_was_remembered_before_there_was_a_folder_gets_into_it(folder: str, tmp_path: Path) -> None:
+    encode_flux_prompts(folder, ["a"])
+    encode_flux_prompts(folder, ["a"], folder=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 def test_what_it_remembers_is_bounded(folder: str, loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CACHE_SIZE", 2)
     encode_flux_prompts(folder, ["a", "b"])
@@ -188,6 +219,9 @@ class TestWithoutWeights:
             Row(f"CLIP of {KONTEXT}", "text", 123_060_480, 0),
             Row(f"T5 of {KONTEXT}", "text", 4_762_310_656, 0),
         ]
+
+    def test_bytes_are_of_the_types_in_which_the_encoders_are_loaded(self) -> None:
+        assert flux_text_bytes(KONTEXT) == 2 * 4_762_310_656 + 4 * 123_060_480
 
     def test_gives_the_shapes_alone_and_remembers_nothing(self) -> None:
         with architecture_only():

@@ -225,6 +225,26 @@ class TestSources:
         assert preset_x2.degradation.config.scale == 2
         assert preset_x2.degradation.config.first == preset("omgsr").first
 
+    @pytest.mark.parametrize("make", [SRData, Photos])
+    def test_a_degradation_of_its_own_is_that_of_training_alone(self, hq: Path, make: type[SRData]) -> None:
+        """Validation (and the embedded photos' test) keep theirs."""
+        arguments: dict[str, Any] = {
+            "train": str(hq),
+            "val": str(hq),
+            "crop_size": 16,
+            "eval_crop_size": 16,
+            "num_workers": 0,
+        }
+        own, plain = (make(degradation="bicubic", **arguments, **more) for more in ({"train_degradation": "omgsr"}, {}))
+        for datamodule in (own, plain):
+            datamodule.setup("fit")
+            assert datamodule.train_images is not None
+        trained = [module.train_images[0, 0, 0] for module in (own, plain)]  # type: ignore[index]
+        assert not torch.equal(trained[0]["lq"], trained[1]["lq"])
+        assert torch.equal(trained[0]["hq"], trained[1]["hq"])
+        validated = [next(iter(datamodule.val_dataloader()[0]))["lq"] for datamodule in (own, plain)]
+        assert torch.equal(*validated)
+
     def test_unreadable_files_are_skipped_everywhere_but_in_benchmarks(self, hq: Path, tmp_path: Path) -> None:
         (hq / "2.png").write_text("no image")
         datamodule = small(train=str(hq), val=str(hq), predict=str(hq), eval_crop_size=32)
@@ -261,6 +281,7 @@ class TestSources:
             ({"on_error": "ignore"}, "on_error=ignore is unknown; set on_error to skip or raise"),
             ({"degradation": "blur"}, "blur.*osediff"),
             ({"degradation": DegradationConfig(scale=2)}, r"degradation\.scale=2 is not scale=4; set both"),
+            ({"train_degradation": DegradationConfig(scale=2)}, r"train_degradation\.scale=2 is not scale=4"),
             ({"prompts": {"training": "x"}}, "prompts has the keys training; use train, val, test, predict"),
         ],
     )
@@ -333,6 +354,13 @@ class TestPhotos:
         assert all(value == pytest.approx(10, rel=0.15) for value in ratio.values())
         factors = {factor for place, factor in images._items if images.paths[place].stem == "motorcycle_left"}
         assert factors == set(next(p for p in PHOTOS["train"] if p.name == "motorcycle_left").rescales)
+
+    def test_texts_of_training_and_validation_are_known_beforehand(self) -> None:
+        photos = Photos()
+        photos.setup("fit")
+        assert photos.texts() == list(
+            dict.fromkeys(photo.caption for split in ("train", "val") for photo in PHOTOS[split])
+        )
 
     def test_sets_of_ones_own_take_their_place(self, hq: Path, tmp_path: Path) -> None:
         sets = {"train": str(hq), "val": str(hq), "test": benchmark(tmp_path / "A"), "predict": str(hq)}

