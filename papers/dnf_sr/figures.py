@@ -54,7 +54,7 @@ def paired_gains(rows: Sequence[Comparison]) -> list[Gain]:
     noises of one image are not independent of each other.
     """
     gains = []
-    for metric in rows[0].before:
+    for metric in dict.fromkeys(metric for row in rows for metric in row.before):
         pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for row in rows:
             if metric in row.before:
@@ -96,6 +96,7 @@ def write_comparison(folder: Path, rows: Sequence[Comparison], compared: int) ->
         save_figure(folder / "figures" / "rewards.png", pairs_figure(counted, gains), caption)
     drawn = [row for row in rows if row.images is not None]
     if drawn:
+        drawn = [row for row in drawn if row[:2] == drawn[0][:2]]  # processes may have numbered images alike
         caption = f"{len(drawn)} samples of one test image before (above) and after NF2T (below), by the same noises."
         save_figure(folder / "figures" / "samples.png", samples_figure(drawn), caption)
     return gains

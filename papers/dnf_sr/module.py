@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from diffusers import FluxTransformer2DModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from common.adapters import adapter_names, count_lora
 from common.autoencoder import ImageCodec
 from common.conditioning.captions import Captioner
-from common.conditioning.flux_text import encode_flux_prompts, flux_text_rows
+from common.conditioning.flux_text import cache_flux_prompts, encode_flux_prompts, flux_text_bytes, flux_text_rows
 from common.denoisers.flux import FluxDenoiser, FluxText
 from common.diffusion import flow_clean, flow_noise
 from common.draws import Draws
@@ -61,11 +62,12 @@ class FlowRestorer(RestorationModule):
         prompt: Text for every image in the place of its own; null takes the data's captions.
         prompt_suffix: What follows every text.
         captioner: Image-to-text model (hub id or folder) that writes each low-quality image's text at test time in the
-            place of the data's.
+            place of the data's; bfloat16 on an accelerator, float32 on a CPU.
         max_tokens: Length of the text's tokens.
         keep_text_encoders: Keep T5 and CLIP loaded, for texts that change from batch to batch; else they are loaded for
             every text that was not met before, and freed.
-        text_cache: Folder in which texts' embeddings are kept from run to run; null for none.
+        text_cache: Folder in which texts' embeddings are kept from run to run; null for none. Without
+            `keep_text_encoders` a fit first fills it with the texts of the training and validation sets.
         lora_rank: Of all adapters.
         lora_alpha: Likewise; the scale is alpha / rank.
         dists: Loss in feature space.
@@ -160,6 +162,8 @@ class FlowRestorer(RestorationModule):
             "VAE": _base_bytes(self.codec),
             "text of one caption (the encoders need not stay)": sum(part.nbytes for part in text),
         }
+        if self.keep_text_encoders:
+            plan["text encoders, kept"] = flux_text_bytes(self.pretrained)
         for name in self.trainable_patterns():
             weights = sum(parameter.nbytes for parameter in self.trainable_parameters(name))
             plan |= {f"{name}: weights and gradients": 2 * weights, f"{name}: two moments of Adam": 2 * weights}
@@ -193,13 +197,39 @@ class FlowRestorer(RestorationModule):
         """z_H = z_mix - t v."""
         return flow_clean(slots.start, v, self.t_mid)
 
-    def text(self, prompts: list[str]) -> FluxText:
+    def texts(self, prompts: list[str]) -> list[str]:
         """What the transformer is told: each caption (or `prompt`) and the suffix."""
         texts = [prompt if self.prompt is None else self.prompt for prompt in prompts]
-        texts = [f"{text.strip()} {self.prompt_suffix}".strip() for text in texts]
+        return [f"{text.strip()} {self.prompt_suffix}".strip() for text in texts]
+
+    def text(self, prompts: list[str]) -> FluxText:
+        """The embeddings of `texts`."""
         return encode_flux_prompts(
-            self.pretrained, texts, self.device, self.max_tokens, self.keep_text_encoders, self.text_cache
+            self.pretrained,
+            self.texts(prompts),
+            self.device,
+            self.max_tokens,
+            self.keep_text_encoders,
+            self.text_cache,
         )
+
+    def on_fit_start(self) -> None:
+        """Encode texts now, so that a run that lacks the encoders fails before it starts: one, or fill `text_cache`."""
+        super().on_fit_start()
+        given: list[str] = getattr(getattr(self.trainer, "datamodule", None), "texts", list)()
+        if given and self.prompt is None and not any(given):
+            rank_zero_warn("the data has no captions; give data.prompts (isr caption makes them) or model.prompt")
+        given = given or [""]
+        if self.text_cache is None or self.keep_text_encoders:
+            self.text(given[:1])
+            return
+        if self.trainer.is_global_zero:
+            texts = self.texts(given)
+            fresh = cache_flux_prompts(self.pretrained, texts, self.text_cache, self.device, self.max_tokens)
+            rank_zero_info(
+                f"text_cache={self.text_cache}: encoded {fresh} of {len(set(texts))} texts, the rest was there"
+            )
+        self.trainer.strategy.barrier("text_cache")  # the others find its files
 
     # Inference
 

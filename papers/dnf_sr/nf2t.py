@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -24,13 +26,14 @@ from common.adapters import (
     without_adapters,
 )
 from common.checkpoints import read_stage, trained_state
+from common.color import color_fix
 from common.denoisers.flux import FLUX_TARGETS, FluxText
 from common.diffusion import flow_velocity
 from common.images import to_01
 from common.losses import mse
-from common.metrics import to_uint8
+from common.metrics import MetricUnavailableError, to_uint8
 from common.parameters import Row
-from common.pretrained import is_architecture_only
+from common.pretrained import HUB_ID, WeightsNotFoundError, is_architecture_only
 from common.rewards import Reward, build_reward
 from common.training import Batch
 from papers.dnf_sr.figures import Comparison, write_comparison
@@ -46,9 +49,13 @@ from papers.dnf_sr.losses import (
 )
 from papers.dnf_sr.module import FlowRestorer, Slots
 
+log = logging.getLogger(__name__)
+
 OLD, THETA = "old", "theta"
-SHARED = ("input", "t_mid", "clean_estimate", "guidance", "prompt_suffix", "base_dtype", "lora_rank", "lora_alpha")
+SHARED = ("pretrained", "base_dtype", "input", "t_mid", "clean_estimate", "guidance", "lora_rank", "lora_alpha")
 """Settings that must be stage 1's."""
+SHARED_IN_FIT = ("prompt_suffix", "max_tokens")
+"""Settings that must be stage 1's where stage 2 is trained; a test may try others."""
 
 
 class Sample(NamedTuple):
@@ -96,8 +103,9 @@ class NF2T(FlowRestorer):
         nft_factor: For `nft` alone: scale each branch by its own error, and both by this over beta (DiffusionNFT: 5);
             null for the plain objective.
         nft_kl: For `nft` alone: weight of |v - v_base|^2 (DiffusionNFT: 1e-4), v_base without any adapter.
-        compared: Noises by which a test compares each image's restoration with stage 1's, by rewards; 0 for none.
-        pictured: Number of the test image of which K restorations before and after are drawn.
+        compared: Noises by which a test compares each image's restoration with stage 1's, by rewards; 0 for neither
+            comparison nor picture.
+        pictured: Number, from 0, of the image in the first test set of which K restorations before and after are drawn.
         **kwargs: As for `FlowRestorer`.
     """
 
@@ -135,6 +143,8 @@ class NF2T(FlowRestorer):
         self._policy = THETA
         self._sft_adapter: dict[str, Tensor] = {}
         self._comparison: list[Comparison] = []
+        self._conditions: FluxText | None = None  # of the batch that is tested
+        self._unavailable: set[str] = set()  # rewards that a test goes without
 
     def _check(self) -> None:
         """Settings that contradict each other."""
@@ -162,11 +172,12 @@ class NF2T(FlowRestorer):
         """Build the networks, open stage 1 and load the frozen weights; Lightning may call this more than once."""
         if self.flow is not None:
             return
+        sft = {} if is_architecture_only() else self._read_sft()  # before anything large is loaded
         flow = self._configure_flow()
         for name in (OLD, THETA):
             add_lora(flow.transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, name, seed=self.seed)
-        if not is_architecture_only():
-            self._open_sft(flow.transformer)
+        if sft:
+            self._open_sft(sft, flow.transformer)
         _make_buffers(flow.transformer, OLD)
         set_adapter(flow.transformer, THETA)
         self.rewards = nn.ModuleDict({name: self._reward(name) for name in self.reward_names})
@@ -178,8 +189,8 @@ class NF2T(FlowRestorer):
             arguments = {**arguments, "weights": "random"}
         return build_reward(name, **arguments)
 
-    def _open_sft(self, transformer: nn.Module) -> None:
-        """E_ref: stage 1's encoder, merged. v_ref: its adapter, with which both policies start.
+    def _read_sft(self) -> dict[str, Tensor]:
+        """Trained weights of stage 1's checkpoint.
 
         Raises:
             FileNotFoundError: There is no such checkpoint.
@@ -187,10 +198,21 @@ class NF2T(FlowRestorer):
         """
         checkpoint = read_stage(self.sft, "sft", "papers.dnf_sr.DNFSR")
         settings = checkpoint["hyper_parameters"]
-        for key in SHARED:
-            if settings.get(key, getattr(self, key)) != getattr(self, key):
-                raise ValueError(f"sft={self.sft} was trained with {key}={settings[key]}; set model.{key} to that")
-        state = trained_state(checkpoint)
+        in_fit = self._trainer is not None and self.trainer.state.fn == "fit"
+        for key in (*SHARED, *(SHARED_IN_FIT if in_fit else ())):
+            before, here = settings.get(key, getattr(self, key)), getattr(self, key)
+            if before == here or (key == "pretrained" and _is_same_place(before, here)):
+                continue
+            said = f"sft={self.sft} was trained with {key}={before}, here is {key}={here}"
+            if key != "pretrained":
+                raise ValueError(f"{said}; set model.{key}={before}")
+            if _is_name(before) and _is_name(here):
+                raise ValueError(f"{said}; set model.pretrained={before}, or to a folder with those weights")
+            log.warning("%s: see to it that both hold the same weights, which their names do not tell", said)
+        return trained_state(checkpoint)
+
+    def _open_sft(self, state: dict[str, Tensor], transformer: nn.Module) -> None:
+        """E_ref: stage 1's encoder, merged. v_ref: its adapter, with which both policies start."""
         add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, vae_encoder_targets(self.codec.vae))
         load_adapter_state(self.codec.vae, _adapter_of(state, "codec.vae."))
         merge(self.codec.vae)
@@ -268,6 +290,7 @@ class NF2T(FlowRestorer):
     def on_fit_start(self) -> None:
         """Fetch the rewards' weights now, so that a run fails before it starts."""
         super().on_fit_start()
+        self._unavailable.clear()
         for reward in self._judges().values():
             reward.load(self.device)
 
@@ -310,7 +333,7 @@ class NF2T(FlowRestorer):
     @torch.no_grad()
     def judge(self, samples: list[Sample], batch: Batch) -> Tensor:
         """Rewards r in (0, 1) of each sample, (K,B); logs what they say."""
-        scores = [self.score(to_01(sample.x), batch) for sample in samples]
+        scores = [self.score(self.output(sample.x, batch["lq"]), batch) for sample in samples]
         raw = {name: torch.stack([score[name] for score in scores]) for name in scores[0]}  # each (K,B)
         normalised = normalised_rewards(torch.stack(list(raw.values())), self.std)
         for name, values in raw.items():
@@ -320,9 +343,14 @@ class NF2T(FlowRestorer):
         self.log("train/sum_2r-1", (2 * normalised.r - 1).sum(0).mean())
         return normalised.r
 
+    def output(self, x: Tensor, x_lq: Tensor) -> Tensor:
+        """What rewards judge of restorations in [-1,1]: what users get, in [0,1] and after the colour fix."""
+        return color_fix(self.inference.color_fix, to_01(x), self.color_reference(x_lq)).clamp(0, 1)
+
     def score(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Raw rewards of images (B,3,H,W) in [0,1] by name, each (B,); those with a reference need `hq`."""
         judges = {name: reward for name, reward in self._judges().items() if "hq" in batch or not reward.referenced}
+        judges = {name: reward for name, reward in judges.items() if name not in self._unavailable}
         return {name: reward(x_01, batch["prompt"], batch.get("hq")) for name, reward in judges.items()}
 
     def _judges(self) -> dict[str, Reward]:
@@ -414,23 +442,48 @@ class NF2T(FlowRestorer):
 
     # Test: the same images with the same noise, before and after
 
+    def on_test_start(self) -> None:
+        """Find out which rewards cannot be had: unlike training, a test goes without them."""
+        super().on_test_start()
+        self._unavailable.clear()
+        for name, reward in self._judges().items() if self.compared else ():
+            try:
+                reward.load(self.device)
+            except (MetricUnavailableError, WeightsNotFoundError) as error:
+                log.warning("reward %s is not computed: %s", name, error)
+                self._unavailable.add(name)
+
+    def prepare(self, x_lq: Tensor, prompts: list[str]) -> FluxText:
+        """The text belongs to the whole image; it is one for all restorations of a tested batch."""
+        return super().prepare(x_lq, prompts) if self._conditions is None else self._conditions
+
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Score a batch as every method does, and by rewards against stage 1's policy."""
-        sr = super().test_step(batch, batch_idx, dataloader_idx)
+        self._conditions = self.prepare(batch["lq"], batch["prompt"])
+        try:
+            sr = super().test_step(batch, batch_idx, dataloader_idx)
+            if self.compared:
+                self._compare(batch, batch_idx, dataloader_idx)
+        finally:
+            self._conditions, self.noise_sample = None, 0
+        return sr
+
+    def _compare(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+        """Restore a batch by several noises, by stage 1's policy and by theta, and note what the rewards say."""
         dataset = self._dataset_name("test", dataloader_idx)
-        picture = batch_idx == self.pictured and dataloader_idx == 0
-        for noise in range(self.group_size if picture else self.compared):
+        size = len(batch["name"])
+        numbers = batch.get("index", torch.arange(batch_idx * size, (batch_idx + 1) * size))  # a foreign data module
+        drawn = [dataloader_idx == 0 and int(number) == self.pictured for number in numbers]
+        for noise in range(max(self.compared, self.group_size if any(drawn) else 0)):
             self.noise_sample = noise
-            after = self.upscale(batch["lq"], batch["prompt"]).raw
+            after = self.upscale(batch["lq"], batch["prompt"]).sr
             with self.stage_one():
-                before = self.upscale(batch["lq"], batch["prompt"]).raw
+                before = self.upscale(batch["lq"], batch["prompt"]).sr
             scores = [self._test_scores(x, batch) for x in (before, after)]
             for i, name in enumerate(batch["name"]):
                 one, other = ({metric: float(values[i]) for metric, values in score.items()} for score in scores)
-                images = (before[i].cpu(), after[i].cpu()) if picture and i == 0 else None
+                images = (before[i].cpu(), after[i].cpu()) if drawn[i] and noise < self.group_size else None
                 self._comparison.append(Comparison(dataset, name, noise, one, other, images))
-        self.noise_sample = 0
-        return sr
 
     def _test_scores(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Raw rewards, and PSNR-Y beside them, each (B,)."""
@@ -445,13 +498,27 @@ class NF2T(FlowRestorer):
     def on_test_epoch_end(self) -> None:
         """Write and log what the rewards say of stage 2, and draw the samples."""
         super().on_test_epoch_end()
-        rows, self._comparison = self.gathered(self._comparison), []
+        gathered, self._comparison = self.gathered(self._comparison), []
+        # an image that two processes saw only once
+        rows = list({(row.dataset, row.image, row.noise): row for row in gathered}.values())
         folder = self._results() / "test"
         if not rows or not self.trainer.is_global_zero:
             return
         for gain in write_comparison(folder, rows, self.compared):
             values = {"before": gain.before, "after": gain.after, "low": gain.low, "high": gain.high}
             self.log_dict({f"test/{gain.metric}/{k}": v for k, v in values.items()}, rank_zero_only=True)
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    """Whether two folders are one."""
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _is_name(pretrained: str) -> bool:
+    """Whether it names certain weights: a hub id, `tiny` or `random:<architecture>`; a folder may hold any."""
+    if pretrained == "tiny" or pretrained.startswith("random:"):
+        return True
+    return HUB_ID.fullmatch(pretrained) is not None and not Path(pretrained).is_dir()
 
 
 def _make_buffers(module: nn.Module, name: str) -> None:

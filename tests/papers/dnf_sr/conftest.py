@@ -17,6 +17,7 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 from common.draws import Draws
 from common.restoration import Inference
 from papers.dnf_sr import DNFSR, NF2T
+from papers.dnf_sr.module import SUFFIX
 
 STILL = partial(torch.optim.SGD, lr=0.0)
 SMALL: dict[str, Any] = {
@@ -118,7 +119,10 @@ def sft_run(flux: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     disturb(model.codec, 0.02)
     path = tmp_path_factory.mktemp("sft") / "last.ckpt"
     keys, state = model.checkpoint_keys(), model.state_dict()
-    settings = {"_class_path": "papers.dnf_sr.DNFSR", "t_mid": 0.5, "lora_rank": 4, "lora_alpha": 4}
+    settings = {
+        "_class_path": "papers.dnf_sr.DNFSR", "pretrained": flux, "prompt_suffix": SUFFIX, "max_tokens": 6,
+        "t_mid": 0.5, "lora_rank": 4, "lora_alpha": 4,
+    }  # fmt: skip
     torch.save({"state_dict": {key: state[key] for key in keys}, "hyper_parameters": settings}, path)
     return str(path)
 
@@ -128,12 +132,26 @@ def make(flux: str, sft_run: str) -> Callable[..., NF2T]:
     """Makes stage 2, configured."""
 
     def configured(**options: Any) -> NF2T:
-        small = {**SMALL, "group_size": 3, "rewards": ("colourfulness", "neg_mse")}
-        model = NF2T(sft_run, pretrained=flux, **{**small, **options})
+        small = {**SMALL, "sft": sft_run, "pretrained": flux, "group_size": 3, "rewards": ("colourfulness", "neg_mse")}
+        model = NF2T(**{**small, **options})
         model.configure_model()
         return model
 
     return configured
+
+
+class FakeCaptioner:
+    """Says which image it sees, and remembers it."""
+
+    def __init__(self, model: str) -> None:
+        self.model, self.seen = model, list[Tensor]()
+
+    def to(self, device: torch.device) -> "FakeCaptioner":
+        return self
+
+    def __call__(self, x_01: Tensor) -> list[str]:
+        self.seen.append(x_01)
+        return [f"image {len(self.seen)}.{i}" for i in range(len(x_01))]
 
 
 class Spy(Draws):

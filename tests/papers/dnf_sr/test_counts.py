@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launch.cli import main
-from launch.parameters import build, summary
+from launch.errors import UsageError
+from launch.parameters import build, parse, summary
 from papers.dnf_sr import DNFSR
 
 CONFIGS = Path(__file__).resolve().parents[3] / "papers/dnf_sr/configs"
@@ -54,6 +56,29 @@ def test_stage_two_has_two_policies_of_which_one_is_trained_and_a_merged_encoder
     assert plan["old: weights"] == 4 * DIT_LORA
     assert plan["instead of adapters: three copies of the transformer"] == 3 * 23_802_816_640
     assert plan["text of one caption (the encoders need not stay)"] == 2 * 512 * 4096 + 4 * 768
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_text_encoders_that_stay_are_in_the_plan(keep: bool) -> None:
+    """T5 in bfloat16, CLIP in float32, as they are loaded."""
+    plan = counted("kontext_sft.yaml", f"--model.keep_text_encoders={str(keep).lower()}")["bytes"]
+    assert plan.get("text encoders, kept") == (2 * 4_762_310_656 + 4 * 123_060_480 if keep else None)
+
+
+@pytest.mark.parametrize("overlay", ["prompt_none", "prompt_wrong", "t_025"])
+def test_an_overlay_for_both_stages_leaves_stage_two_what_it_is(overlay: str) -> None:
+    path = CONFIGS / "ablations" / f"{overlay}.yaml"
+    model = parse([CONFIGS / "kontext_nf2t.yaml", path])[1].model
+    assert model.class_path == "papers.dnf_sr.NF2T"
+    for key, value in yaml.safe_load(path.read_text())["model"]["init_args"].items():
+        assert model.init_args[key] == value
+
+
+def test_no_overlay_changes_the_stage_and_one_of_the_other_stage_is_refused() -> None:
+    for path in sorted((CONFIGS / "ablations").glob("*.yaml")):
+        assert set(yaml.safe_load(path.read_text())["model"]) == {"init_args"}, path.name
+    with pytest.raises(UsageError, match="no such option"):
+        parse([CONFIGS / "kontext_nf2t.yaml", CONFIGS / "ablations" / "no_gan.yaml"])
 
 
 def test_the_plan_is_printed_in_bytes_and_for_reading(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,15 +14,21 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from common.adapters import adapter_state, count_lora, set_adapter, without_adapters
+from common.color import wavelet
+from common.conditioning.flux_text import encode_flux_prompts
 from common.figures import read_caption
+from common.images import bicubic_upsample, to_01, to_pm1
+from common.metrics import MetricUnavailableError
+from common.restoration import Inference
 from common.rewards import build_reward, group_rewards
-from papers.dnf_sr import DNFSR, NF2T
-from papers.dnf_sr.figures import Comparison, paired_gains
+from papers.dnf_sr import DNFSR, NF2T, module, nf2t
+from papers.dnf_sr.figures import Comparison, paired_gains, write_comparison
 from papers.dnf_sr.losses import normalised_rewards
 
-from .conftest import Batch, Spy, high, low, make_sft, train
+from .conftest import SMALL, Batch, FakeCaptioner, Spy, high, low, make_sft, train
 
 Make = Callable[..., NF2T]
+KONTEXT, DEV = (f"black-forest-labs/FLUX.1-{name}" for name in ("Kontext-dev", "dev"))
 
 
 def sgd(lr: float = 1e-2) -> Callable[..., torch.optim.Optimizer]:
@@ -42,6 +48,30 @@ def stage_one(flux: str, path: str) -> DNFSR:
     model = make_sft(flux)
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=False)
     return model
+
+
+def restaged(path: str, folder: Path, **settings: Any) -> str:
+    """Stage 1's checkpoint with other settings in it."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"] |= settings
+    torch.save(checkpoint, folder / "other.ckpt")
+    return str(folder / "other.ckpt")
+
+
+def trainer() -> Trainer:
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1,
+        enable_model_summary=False,
+    )  # fmt: skip
+
+
+def loader(batches: list[Batch]) -> Any:
+    return torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list will do
+
+
+def singles(batch: Batch) -> list[Batch]:
+    """A batch's images one by one."""
+    return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["name"]))]
 
 
 def moved(model: NF2T, size: float = 0.05) -> NF2T:
@@ -88,15 +118,54 @@ class TestStart:
         assert torch.equal(found[0], found[2])
 
     def test_other_settings_than_stage_ones_are_refused(self, make: Make) -> None:
-        with pytest.raises(ValueError, match=r"was trained with t_mid=0\.5; set model\.t_mid to that"):
+        with pytest.raises(ValueError, match=r"trained with t_mid=0\.5, here is t_mid=0\.25; set model\.t_mid=0\.5$"):
             make(t_mid=0.25)
         with pytest.raises(ValueError, match="was trained with lora_alpha=4"):
             make(lora_alpha=8)
 
-    def test_stage_one_must_be_there(self, flux: str, tmp_path: Path) -> None:
-        model = NF2T(str(tmp_path / "none"), pretrained=flux, rewards=("neg_mse",), dists_weights="random")
+    @pytest.mark.parametrize("here", [DEV, "tiny", "random:flux1"])
+    def test_a_stage_one_of_another_base_is_refused(self, make: Make, sft_run: str, tmp_path: Path, here: str) -> None:
+        sft = restaged(sft_run, tmp_path, pretrained=KONTEXT)
+        with pytest.raises(ValueError, match=f"{KONTEXT}, here is pretrained={here}; set model.pretrained={KONTEXT}"):
+            make(sft=sft, pretrained=here)
+
+    @pytest.mark.parametrize("before", [KONTEXT, "/elsewhere/flux", "tiny"])
+    def test_a_folder_may_hold_the_same_weights_which_is_said(
+        self, make: Make, flux: str, sft_run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, before: str
+    ) -> None:
+        make(sft=restaged(sft_run, tmp_path, pretrained=before))
+        (said,) = [record.getMessage() for record in caplog.records if "same weights" in record.getMessage()]
+        assert f"trained with pretrained={before}, here is pretrained={flux}" in said
+
+    def test_one_folder_by_two_names_is_one(
+        self, make: Make, flux: str, sft_run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        make(sft=restaged(sft_run, tmp_path, pretrained=f"{flux}/../{Path(flux).name}/"))
+        assert "same weights" not in caplog.text
+
+    @pytest.mark.parametrize("other", [{"prompt_suffix": "", "prompt": ""}, {"max_tokens": 5}])
+    def test_other_texts_than_stage_ones_may_be_tested_and_not_trained_on(
+        self, make: Make, sft_run: str, flux: str, batch: Batch, tmp_path: Path, other: dict[str, Any]
+    ) -> None:
+        options = {**SMALL, "group_size": 2, "rewards": ("neg_mse",), "compared": 0, **other}
+        key = next(iter(other))
+        with pytest.raises(
+            ValueError, match=rf"was trained with {key}=.*, here is {key}={other[key]}; set model\.{key}="
+        ):
+            trainer().fit(NF2T(sft_run, pretrained=flux, **options), loader(singles(batch)))
+        model = NF2T(sft_run, pretrained=flux, **options)
+        model.results_dir = tmp_path
+        trainer().test(model, loader(singles(batch)), verbose=False)
+        assert len(list(tmp_path.rglob("*.png"))) == 2
+
+    def test_stage_one_must_be_there_before_anything_is_loaded(
+        self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(NF2T, "_configure_flow", lambda self: pytest.fail("loaded first"))
         with pytest.raises(FileNotFoundError, match="train that stage first"):
-            model.configure_model()
+            make(sft=str(tmp_path / "none"))
+        with pytest.raises(ValueError, match="was trained with lora_alpha=4"):
+            make(lora_alpha=8)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -149,12 +218,18 @@ class TestRound:
         named = model.all_trainable()
         return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)), loss.detach(), r
 
-    @pytest.mark.parametrize("beta", [1.0, 0.4])
-    def test_a_round_away_from_the_old_policy_is_the_algorithms(self, make: Make, batch: Batch, beta: float) -> None:
-        model = moved(make(beta=beta))
+    @pytest.mark.parametrize(("beta", "gain"), [(1.0, 1.0), (0.4, 1.0), (0.4, 20.0)])
+    def test_a_round_away_from_the_old_policy_is_the_algorithms(
+        self, make: Make, batch: Batch, beta: float, gain: float
+    ) -> None:
+        """With a larger gain many pixels leave [-1, 1]: the rollout's are clamped, those of x+ and x- are not."""
+        model = louder(moved(make(beta=beta)), gain)
         run = train(model, batch)
         (found,) = run.tape.grads
-        expected, loss, r = self.by_hand(moved(make(beta=beta)), batch, run.spy.drawn)
+        other = louder(moved(make(beta=beta)), gain)
+        z = torch.randn(1, 2, 10, 10, generator=torch.Generator().manual_seed(0))
+        assert bool((other.codec.decode(z).abs() > 1).float().mean() > 0.2) is (gain > 1)
+        expected, loss, r = self.by_hand(other, batch, run.spy.drawn)
         assert found.keys() == expected.keys()
         size = max(float(gradient.abs().max()) for gradient in expected.values())
         for name, gradient in expected.items():
@@ -204,17 +279,25 @@ class TestRound:
         largest = [max(float(g.abs().max()) for g in each.tape.grads[0].values()) for each in (run, fresh)]
         assert largest[0] < 1e-4 * largest[1]
 
-    def test_equal_restorations_move_nothing(self, make: Make, batch: Batch) -> None:
+    @pytest.mark.parametrize("forced", [None, 0.9])
+    def test_equal_restorations_move_nothing_though_fresh_noise_could(
+        self, make: Make, batch: Batch, forced: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         class Same(Spy):
             def normal(self, stream: str, shape: Any) -> Tensor:
-                return super().normal("always", shape)
+                return super().normal("rollout" if stream.startswith("rollout/") else stream, shape)
 
         model = make(optimizer=sgd())
         before = of(model, "theta")
+        if forced is not None:
+            monkeypatch.setattr(model, "judge", lambda samples, batch: torch.full((3, 2), forced))
         run = train(model, batch, spy=Same(batch["index"]))
-        assert run.metrics["train/flat_groups"] == 1
-        for key, value in of(model, "theta").items():
-            assert_close(value, before[key], rtol=0, atol=1e-7)
+        largest = max(float((value - before[key]).abs().max()) for key, value in of(model, "theta").items())
+        if forced is None:
+            assert run.metrics["train/flat_groups"] == 1
+            assert largest < 1e-7
+        else:
+            assert largest > 1e-4
 
     def test_k_updates_a_round_count_as_one_step(self, make: Make, batch: Batch) -> None:
         model = make(updates_per_rollout="K", optimizer=sgd())
@@ -262,6 +345,13 @@ class TestVelocitySpace:
     def test_the_pull_to_the_base_is_felt(self, make: Make, batch: Batch) -> None:
         plain, pulled = (train(make(variant="nft", nft_kl=kl), batch).metrics["train/loss"] for kl in (0.0, 1.0))
         assert pulled > plain
+
+
+def louder(model: NF2T, gain: float) -> NF2T:
+    """With a decoder whose output is multiplied."""
+    for parameter in model.codec.vae.decoder.conv_out.parameters():
+        parameter.data *= gain
+    return model
 
 
 def rewards_of(model: NF2T, samples: Any, batch: Batch) -> Tensor:
@@ -365,27 +455,45 @@ class TestTraps:
         assert len(of(model, "old")) == len(of(model, "theta")) == 2 * layers[0]
 
 
+class TestJudged:
+    def test_rewards_judge_what_users_get(self, make: Make, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The wavelet fix gives a restoration the low-quality image's colours, so a cast in it changes no reward."""
+        model, seen = make(inference=Inference(color_fix="wavelet", tile=None)), list[Tensor]()
+        judge = model.score
+        monkeypatch.setattr(model, "score", lambda x_01, of: seen.append(x_01) or judge(x_01, of))
+        rolled = model.rollout
+        monkeypatch.setattr(
+            model, "rollout", lambda *of: [sample._replace(x=0.1 + 0.8 * sample.x) for sample in rolled(*of)]
+        )
+        spy = train(model, {**batch, "lq": low(batch), "hq": high(batch)}).spy
+        assert len(seen) == 3
+        for k, x in enumerate(seen):
+            monkeypatch.setattr(model, "test_noise", lambda *of, k=k: spy.drawn[f"rollout/{k}"])
+            with model.policy("old"):  # not yet moved: the learning rate is 0
+                raw = 0.1 + 0.8 * to_pm1(model.upscale(low(batch), batch["prompt"]).raw)
+            expected = wavelet(to_01(raw), bicubic_upsample(low(batch), 4))
+            assert_close(x, expected.clamp(0, 1), rtol=1e-4, atol=1e-5)
+            assert (x - to_01(raw)).abs().mean() > 0.01
+
+
 class TestComparison:
+    @pytest.mark.parametrize("color_fix", ["none", "wavelet"])
     def test_a_test_compares_with_stage_one_by_the_same_noise(
-        self, make: Make, flux: str, sft_run: str, batch: Batch, tmp_path: Path
+        self, make: Make, flux: str, sft_run: str, batch: Batch, tmp_path: Path, color_fix: Any
     ) -> None:
-        model, before = moved(make(compared=2)), stage_one(flux, sft_run)
+        inference = Inference(color_fix=color_fix, tile=None)
+        model, before = moved(make(compared=2, inference=inference)), stage_one(flux, sft_run)
+        before.inference = inference
         old = of(model, "old")
         model.results_dir = tmp_path
-        batches: Any = [
-            {**batch, "lq": low(batch)[i : i + 1], "hq": high(batch)[i : i + 1], "prompt": ["a"], "name": [name]}
-            for i, name in enumerate("ab")
-        ]
-        trainer = Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        )  # fmt: skip
-        trainer.test(model, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+        batches = [{**one, "lq": low(one), "hq": high(one), "prompt": ["a"]} for one in singles(batch)]
+        trainer().test(model, loader(batches), verbose=False)
         expected: dict[str, list[float]] = {"before": [], "after": []}
         for one in batches:
             for noise in range(2):
                 for which, method in (("before", before), ("after", model)):
                     method.noise_sample = noise
-                    x = method.upscale(one["lq"], ["a"]).raw
+                    x = method.upscale(one["lq"], ["a"]).sr
                     expected[which].append(-float((x - one["hq"]).square().mean()))
         with (tmp_path / "test" / "rewards.csv").open() as file:
             rows = {row["metric"]: row for row in csv.DictReader(file)}
@@ -399,6 +507,100 @@ class TestComparison:
         assert "3 samples of one test image" in read_caption(figures / "samples.png")
         assert "2 images, 2 noises each" in read_caption(figures / "rewards.png")
         assert equal(of(model, "old"), old)  # stage 1 stood in its place for a while
+
+    def compared(self, model: NF2T, batches: list[Batch], folder: Path) -> list[Comparison]:
+        """What a test notes."""
+        model.results_dir, rows = folder, list[Comparison]()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nf2t, "write_comparison", lambda folder, found, compared: rows.extend(found) or [])
+            trainer().test(model, loader(batches), verbose=False)
+        return rows
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_the_picture_is_of_one_image_of_the_set_whatever_the_batches(
+        self, make: Make, batch: Batch, together: bool, tmp_path: Path
+    ) -> None:
+        """Of two processes this may be the one with the images 3 and 1: image 0 is the other's."""
+        mine = {**batch, "index": torch.tensor([3, 1])}
+        batches = [mine] if together else singles(mine)
+        rows = self.compared(make(pictured=1), [dict(one) for one in batches], tmp_path)
+        assert [(row.image, row.noise) for row in rows if row.images is not None] == [("b", 0), ("b", 1), ("b", 2)]
+        assert not [row for row in self.compared(make(pictured=0), batches, tmp_path) if row.images is not None]
+
+    def test_a_batch_without_numbers_is_counted(self, make: Make, batch: Batch, tmp_path: Path) -> None:
+        batches = [{key: value for key, value in batch.items() if key != "index"} for _ in range(2)]
+        batches[1]["name"] = ["c", "d"]
+        rows = self.compared(make(pictured=3), batches, tmp_path)
+        assert {row.image for row in rows if row.images is not None} == {"d"}
+
+    def test_more_noises_are_compared_than_drawn(self, make: Make, batch: Batch, tmp_path: Path) -> None:
+        rows = self.compared(make(compared=4), singles(batch), tmp_path)
+        assert [row.noise for row in rows if row.image == "a"] == [row.noise for row in rows if row.image == "b"]
+        assert len([row for row in rows if row.images is not None]) == 3
+
+    def test_an_image_that_two_processes_saw_counts_once(
+        self, make: Make, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make()
+        monkeypatch.setattr(model, "gathered", lambda mine: [*mine, *mine])
+        rows = self.compared(model, singles(batch), tmp_path)
+        assert [(row.image, row.noise) for row in rows] == [("a", 0), ("a", 1), ("a", 2), ("b", 0)]
+
+    def test_only_the_first_of_several_pictured_images_is_drawn(self, tmp_path: Path) -> None:
+        images = (torch.zeros(3, 4, 4), torch.ones(3, 4, 4))
+        rows = [Comparison("set", image, noise, {"m": 0.0}, {"m": 1.0}, images) for image in "ab" for noise in range(3)]
+        write_comparison(tmp_path, rows, 1)
+        assert "3 samples of one test image" in read_caption(tmp_path / "figures" / "samples.png")
+
+    def test_a_metric_that_the_first_image_lacks_is_compared_too(self) -> None:
+        rows = [
+            Comparison("set", "a", 0, {"m": 0.0}, {"m": 1.0}, None),
+            Comparison("set", "b", 0, {"m": 0.0, "psnr_y": 20.0}, {"m": 1.0, "psnr_y": 21.0}, None),
+        ]
+        assert [(gain.metric, gain.images) for gain in paired_gains(rows)] == [("m", 2), ("psnr_y", 1)]
+
+    def test_it_can_be_switched_off(self, make: Make, batch: Batch, tmp_path: Path) -> None:
+        model = make(compared=0)
+        model.results_dir, calls = tmp_path, list[int]()
+        assert model.flow is not None
+        model.flow.register_forward_hook(lambda *_: calls.append(1))
+        trainer().test(model, loader(singles(batch)), verbose=False)
+        assert len(calls) == 2
+        assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"a.png", "b.png", "metrics.csv"}
+
+    def test_a_test_goes_without_a_reward_that_cannot_be_had_and_a_fit_does_not(
+        self, make: Make, batch: Batch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def load(device: Any) -> None:
+            raise MetricUnavailableError("no weights of it")
+
+        model = make()
+        model.rewards["colourfulness"].load = load  # type: ignore[assignment]  # as pyiqa's without weights
+        rows = self.compared(model, singles(batch), tmp_path)
+        assert {tuple(row.before) for row in rows} == {("neg_mse", "psnr_y")}
+        assert caplog.text.count("reward colourfulness is not computed: no weights of it") == 1
+        with pytest.raises(MetricUnavailableError, match="no weights of it"):
+            train(model, batch)
+        assert int(model.train_step) == 0
+
+    def test_a_captioner_writes_each_test_images_text_once(
+        self, make: Make, flux: str, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "Captioner", FakeCaptioner)
+        model, texts = make(captioner="someone/llava", compared=2), list[Tensor]()
+        captioner = model.captioner
+        assert isinstance(captioner, FakeCaptioner)
+        assert model.flow is not None
+        model.flow.register_forward_pre_hook(lambda network, args: texts.append(args[2].tokens))
+        self.compared(model, singles(batch), tmp_path)
+        assert_close(torch.cat(captioner.seen), low(batch))
+        assert len(captioner.seen) == 2
+        expected = [encode_flux_prompts(flux, [f"image {i}.0 {module.SUFFIX}"], max_tokens=6).tokens for i in (1, 2)]
+        for calls, text in zip((texts[:7], texts[7:]), expected, strict=True):  # 1 + 2 x 3 and 1 + 2 x 2
+            assert all(torch.equal(call, text) for call in calls)
+        assert len(texts) == 12
+        model.upscale(low(batch)[:1], ["a"])
+        assert len(captioner.seen) == 3  # another image has another text
 
     def test_the_interval_is_over_images(self) -> None:
         """Repeating an image's noises does not narrow it."""

@@ -1,7 +1,10 @@
 """Stage 1: the step in closed form, its noise, losses by hand, and where gradients go."""
 
 import math
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +15,19 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from common.adapters import adapter_names
-from common.conditioning.flux_text import encode_flux_prompts
+from common.conditioning import flux_text
+from common.conditioning.flux_text import encode_flux_prompts, forget_flux_prompts
 from common.denoisers.flux import FluxDenoiser
 from common.diffusion import flow_velocity
 from common.losses import DISTS, EADISTS, generator_loss
+from common.pretrained import WeightsNotFoundError
+from common.restoration import Inference
+from data.photos import PHOTOS
+from launch.cli import main
 from papers.dnf_sr import DNFSR, module
 from papers.dnf_sr.module import Slots
 
-from .conftest import Batch, disturb, high, low, make_sft, train
+from .conftest import Batch, FakeCaptioner, disturb, high, low, make_sft, train
 
 Make = Callable[..., DNFSR]
 
@@ -115,9 +123,94 @@ class TestStep:
             make(lambda_gan=0.0, **options).text(["a house "])
         assert seen == [f"a house {module.SUFFIX}", f"a cat {module.SUFFIX}", "", "a house"]
 
+    def test_a_captioner_writes_a_tested_images_text_once_for_all_tiles(
+        self, make: Make, flux: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "Captioner", FakeCaptioner)
+        model = make(captioner="someone/llava", lambda_gan=0.0, inference=Inference("none", 24, 8))
+        captioner, texts = model.captioner, list[Tensor]()
+        assert isinstance(captioner, FakeCaptioner)
+        assert captioner.model == "someone/llava"
+        assert model.flow is not None
+        model.flow.register_forward_pre_hook(lambda network, args: texts.append(args[2].tokens))
+        model.upscale(low(batch), batch["prompt"])
+        assert_close(torch.cat(captioner.seen), low(batch))
+        assert len(captioner.seen) == 1
+        said = [f"image 1.{i} {module.SUFFIX}" for i in range(2)]
+        expected = encode_flux_prompts(flux, said, max_tokens=6).tokens
+        assert len(texts) > 1
+        assert all(torch.equal(text, expected) for text in texts)
+        train(model, batch)
+        assert len(captioner.seen) == 1  # training's texts are the data's
+
     def test_a_time_of_0_is_refused(self, make: Make) -> None:
         with pytest.raises(ValueError, match=r"t_mid=0\.0 is out of range"):
             make(t_mid=0.0)
+
+
+class TestEncodersOfText:
+    def test_without_them_a_fit_fails_before_it_starts(
+        self, make: Make, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*args: Any, **kwargs: Any) -> None:
+            raise WeightsNotFoundError("no T5")
+
+        forget_flux_prompts()
+        monkeypatch.setattr(flux_text, "load_text_encoder", load)
+        model = make(lambda_gan=0.0)
+        with pytest.raises(WeightsNotFoundError, match="no T5"):
+            train(model, batch)
+        assert int(model.train_step) == 0
+
+    @pytest.mark.slow
+    def test_with_a_cache_they_are_loaded_once_before_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """All texts of training and validation are encoded then; a second run loads nothing."""
+        loads, steps = [], list[int]()
+        real, step = flux_text.load_text_encoder, DNFSR.training_step
+
+        def load(pretrained: str, *parts: str, **kwargs: Any) -> Any:
+            loads.append(parts[0])
+            return real(pretrained, *parts, **kwargs)
+
+        def counted(model: DNFSR, batch: Batch, batch_idx: int) -> None:
+            steps.append(len(loads))
+            forget_flux_prompts()  # so that each text is read from the folder
+            step(model, batch, batch_idx)
+
+        monkeypatch.setattr(flux_text, "load_text_encoder", load)
+        monkeypatch.setattr(DNFSR, "training_step", counted)
+        forget_flux_prompts()
+        demo = Path(module.__file__).parent / "configs/demo/01_sft.yaml"
+        arguments = [
+            *("fit", "-c", str(demo), "--runs", str(tmp_path / "runs"), "--trainer.enable_progress_bar=false"),
+            *(f"--model.text_cache={tmp_path / 'texts'}", "--data.crop_size=40", "--data.val_crops=2"),
+            *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.batch_size=2"),
+        ]
+        texts = {photo.caption for split in ("train", "val") for photo in PHOTOS[split]}  # type: ignore[index]
+        for fresh, loaded in ((len(texts), ["text_encoder_2", "text_encoder"]), (0, [])):
+            assert main(arguments) == 0
+            assert loads == loaded
+            assert steps == [len(loaded)] * 2
+            assert f"encoded {fresh} of {len(texts)} texts" in caplog.text
+            loads.clear()
+            steps.clear()
+        assert len(list((tmp_path / "texts").iterdir())) == len(texts)
+        assert not flux_text._kept
+
+
+class TestMissingCaptions:
+    @pytest.mark.parametrize(
+        ("texts", "prompt", "said"), [(["", ""], None, 1), (["", "a cat"], None, 0), ([""], "a photo", 0)]
+    )
+    def test_are_said(self, make: Make, texts: list[str], prompt: str | None, said: int) -> None:
+        model: Any = make(lambda_gan=0.0, prompt=prompt)
+        model._trainer = SimpleNamespace(datamodule=SimpleNamespace(texts=lambda: texts), log_dir=None)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            model.on_fit_start()
+        assert len([one for one in found if "the data has no captions; give data.prompts" in str(one.message)]) == said
 
 
 class TestNoiseOfATest:
