@@ -139,7 +139,7 @@ def build_metric(metric_id: str, crop: int = 0, device: str | torch.device = "cp
 
     Args:
         metric_id: "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", the weightless rewards "sharpness", "colourfulness"
-            and "contrast" (`common.rewards.weightless`), or "pyiqa:" and a name pyiqa knows.
+            and "neutrality" (`common.rewards.weightless`), or "pyiqa:" and a name pyiqa knows.
         crop: Pixels cut from each border before measuring; the default protocol cuts none.
         device: Where pyiqa's networks run; native metrics run on the CPU.
 
@@ -324,5 +324,5 @@ _NATIVE: dict[str, tuple[str, str, str, bool, Callable[[Image, Image | None], fl
     "ssim_rgb": ("ssim", "RGB (0..255)", _EIGHT_BITS, True, _ssim_rgb),
     "sharpness": ("sharpness", "BT.601 luma of RGB in [0, 1]", _EIGHT_BITS, False, partial(_reward, "sharpness")),
     "colourfulness": ("colourfulness", "RGB in [0, 1]", _EIGHT_BITS, False, partial(_reward, "colourfulness")),
-    "contrast": ("contrast", "BT.601 luma of RGB in [0, 1]", _EIGHT_BITS, False, partial(_reward, "contrast")),
+    "neutrality": ("neutrality", "RGB in [0, 1]", _EIGHT_BITS, False, partial(_reward, "neutrality")),
 }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launch.comparison import Comparison
 
 _ORDER = re.compile(r"^\d+_")
-METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "torchmetrics:vif", "sharpness", "contrast")
+METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "torchmetrics:vif", "sharpness", "neutrality")
 """What the report measures: no weights, no extra, whatever is installed."""
 _NOTE = (
     "This shows that everything runs, on a toy scale: tiny networks, trained for minutes on a few photos. It does not "

@@ -12,17 +12,17 @@ from common.rewards.group import clipped_rewards, group_rewards
 from common.rewards.imagereward import ImageReward, ImageRewardSize
 from common.rewards.pyiqa_metrics import PyiqaReward
 from common.rewards.reference import NegatedDistance, NegatedDISTS, NegatedLPIPS, NegatedMSE
-from common.rewards.weightless import Colourfulness, Contrast, Sharpness
+from common.rewards.weightless import Colourfulness, Neutrality, Sharpness
 
 __all__ = [
     "Colourfulness",
-    "Contrast",
     "ImageReward",
     "ImageRewardSize",
     "NegatedDISTS",
     "NegatedDistance",
     "NegatedLPIPS",
     "NegatedMSE",
+    "Neutrality",
     "PyiqaReward",
     "Reward",
     "Sharpness",
@@ -38,7 +38,7 @@ _REWARDS: dict[str, Callable[..., Reward]] = {
     "laion": partial(PyiqaReward, "laion_aes"),
     "sharpness": Sharpness,
     "colourfulness": Colourfulness,
-    "contrast": Contrast,
+    "neutrality": Neutrality,
     "neg_mse": NegatedMSE,
     "neg_lpips": NegatedLPIPS,
     "neg_dists": NegatedDISTS,
@@ -51,8 +51,9 @@ def build_reward(name: str, **kwargs: Any) -> Reward:
 
     Args:
         name: `clipiqa`, `imagereward`, `laion` (the aesthetic predictor), `sharpness`,
-            `contrast`, `colourfulness`; `neg_mse`, `neg_lpips`, `neg_dists`, which need `hq_01`; or `pyiqa:` and
-            pyiqa's name of a no-reference metric, e.g. `pyiqa:musiq`, `pyiqa:maniqa-pipal`.
+            `colourfulness`, `neutrality`; `neg_mse`,
+            `neg_lpips`, `neg_dists`, which need `hq_01`; or `pyiqa:` and pyiqa's name of a no-reference metric, e.g.
+            `pyiqa:musiq`, `pyiqa:maniqa-pipal`.
         **kwargs: Further arguments of the reward's class.
 
     Returns:

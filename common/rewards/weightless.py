@@ -47,7 +47,9 @@ class Sharpness(Reward):
         self.sigma, self.floor = sigma, floor
 
     def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
-        window = _gaussian(self.sigma, x)
+        radius = math.ceil(3 * self.sigma)
+        window = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype) / self.sigma) ** 2)
+        window = window / window.sum()
         side = len(window) + 2  # Scharr's operator takes a pixel at each end
         if min(x.shape[2:]) < side:
             raise ValueError(f"x_01 is {x.shape[3]} x {x.shape[2]} px; the sharpness needs {side} x {side} or more.")
@@ -63,37 +65,21 @@ class Sharpness(Reward):
         return coherent / (coherent + contrast + self.floor)
 
 
-class Contrast(Reward):
-    """Local RMS contrast (Peli 1990): how much grey values differ within a few pixels; 0 for flat images, 1/2 at most.
+class Neutrality(Reward):
+    """How close an image's mean colour is to grey, by the grey-world assumption (Buchsbaum 1980); 1 for none but grey.
 
-    With Y the luma, G a Gaussian window, and the mean over all windows within the image:
+    With the means of R, G and B over the pixels and their standard deviation (of the three, over 3):
 
-        score = mean sqrt(G * Y^2 - (G * Y)^2)
+        score = 1 - std(mean R, mean G, mean B)
 
-    Blur lowers it. Detail raises it, and so does noise: it says how much there is, not whether it belongs there.
-
-    Args:
-        sigma: Standard deviation of the window, px; it reaches 3 sigma, rounded up.
+    The assumption fails for photos of one colour: what a restoration gains in it is a cast less, or a colour.
     """
 
-    name = "contrast"
+    name = "neutrality"
     differentiable = True
 
-    def __init__(self, sigma: float = 2.0) -> None:
-        super().__init__()
-        if sigma <= 0:
-            raise ValueError(f"sigma={sigma} must be positive; the default is 2.")
-        self.sigma = sigma
-
     def _score(self, x: Tensor, prompts: Sequence[str], hq: Tensor | None) -> Tensor:
-        window = _gaussian(self.sigma, x)
-        if min(x.shape[2:]) < len(window):
-            side = len(window)
-            raise ValueError(f"x_01 is {x.shape[3]} x {x.shape[2]} px; the contrast needs {side} x {side} or more.")
-        y = (x * x.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
-        y = y - y.mean((2, 3), keepdim=True)  # keeps digits in the variance
-        mean, square = _separable(torch.cat([y, y * y]), window, window).unflatten(0, (2, -1))
-        return _root(square - mean**2).mean((1, 2, 3))
+        return 1 - _root(x.mean((2, 3)).var(1, correction=0))
 
 
 class Colourfulness(Reward):
@@ -115,13 +101,6 @@ class Colourfulness(Reward):
         opponents = torch.stack([red - green, (red + green) / 2 - blue], 1).flatten(2)  # (B, 2, pixels)
         variance, mean = torch.var_mean(opponents, 2, correction=0)
         return _root(variance.sum(1)) + 0.3 * _root((mean**2).sum(1))
-
-
-def _gaussian(sigma: float, like: Tensor) -> Tensor:
-    """Window of sum 1 that reaches 3 sigma, rounded up, to each side."""
-    radius = math.ceil(3 * sigma)
-    window = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype) / sigma) ** 2)
-    return window / window.sum()
 
 
 def _root(power: Tensor) -> Tensor:

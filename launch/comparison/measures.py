@@ -116,7 +116,7 @@ KNOWN = {
         Known("pyiqa:nlpd", True),
         Known("sharpness", False),
         Known("colourfulness", False),
-        Known("contrast", False),
+        Known("neutrality", False),
         Known("pyiqa:piqe", False, digits=2),
         Known("pyiqa:lpips", True, _pyiqa("LPIPS_v0.1_alex-df73285e.pth") + _ALEXNET),
         Known("pyiqa:lpips-vgg", True, _pyiqa("LPIPS_v0.1_vgg-a78928a0.pth") + _VGG16),

@@ -309,7 +309,7 @@ def _markdown(data: Data, pictures: Pictures, figures: Sequence[NamedFigure]) ->
         "## How it was measured",
         _bullets([f"{metric['id']}: {metric['protocol']}" for metric in data["metrics"]]),
         "A protocol reads: metric | colour space and range | border cropped | rounding | implementation. Numbers under "
-        "another protocol are not comparable with these. Sharpness, colourfulness and contrast say what changed, not "
+        "another protocol are not comparable with these. Sharpness, colourfulness and neutrality say what changed, not "
         "whether it is better.",
         "## What is missing",
     ]

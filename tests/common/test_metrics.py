@@ -216,7 +216,7 @@ class TestProtocol:
 
 
 class TestRewardsAsMetrics:
-    @pytest.mark.parametrize("name", ["sharpness", "colourfulness", "contrast"])
+    @pytest.mark.parametrize("name", ["sharpness", "colourfulness", "neutrality"])
     def test_they_are_the_rewards_of_the_8_bit_image(self, name):
         metric, reward = build_metric(name), build_reward(name)
         for image in (reference_image(), noisy_image()):
@@ -231,7 +231,7 @@ class TestRewardsAsMetrics:
         assert build_metric("colourfulness")(noisy_image()) == pytest.approx(expected / 255, rel=1e-6)
 
     def test_they_need_no_reference_look_at_none_and_say_so(self):
-        for name in ("sharpness", "colourfulness", "contrast"):
+        for name in ("sharpness", "colourfulness", "neutrality"):
             metric = build_metric(name, crop=2)
             assert not metric.needs_hq
             assert not metric.lower_better

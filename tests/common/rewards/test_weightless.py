@@ -1,4 +1,4 @@
-"""Sharpness, contrast and colourfulness against closed forms, and on photos that are blurred and made noisy."""
+"""Sharpness, colourfulness and neutrality against closed forms, and on photos that are blurred and made noisy."""
 
 import math
 from itertools import pairwise
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from common.rewards import Colourfulness, Contrast, Sharpness
+from common.rewards import Colourfulness, Neutrality, Sharpness
 from data.photos import photo_paths
 
 PHOTOS = {**photo_paths("val"), **photo_paths("test")}
@@ -137,41 +137,30 @@ class TestSharpnessOfPhotos:
         assert score(soft.detach() + step) > found.item()
 
 
-class TestContrast:
-    def test_of_stripes_by_hand(self) -> None:
-        """Columns 0, 1, 0, 1: a wide window sees each for half of its weight, so the deviation is 1/2 everywhere."""
-        x = (torch.arange(64) % 2).double().expand(1, 3, 40, 64)
-        assert_close(Contrast(sigma=3)(x, [""]).item(), 0.5, rtol=1e-6, atol=0)
+class TestNeutrality:
+    def test_of_one_colour_by_hand(self) -> None:
+        """Means 0.8, 0.5, 0.2: variance (0.09 + 0 + 0.09) / 3."""
+        x = torch.tensor([0.8, 0.5, 0.2]).view(1, 3, 1, 1).expand(1, 3, 5, 4)
+        assert_close(Neutrality()(x, [""]).item(), 1 - math.sqrt(0.06))
 
-    def test_is_the_weighted_deviation_of_each_window(self) -> None:
-        """Against numpy's weighted moments, window by window."""
-        x = torch.rand(1, 3, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        luma = np.tensordot([0.299, 0.587, 0.114], x[0].numpy(), 1)
-        weights = np.exp(-0.5 * np.arange(-3, 4) ** 2.0)
-        weights = np.outer(weights, weights) / weights.sum() ** 2
-        windows = [luma[i : i + 7, j : j + 7] for i in range(3) for j in range(2)]
-        deviations = [np.sqrt(np.average((w - np.average(w, weights=weights)) ** 2, weights=weights)) for w in windows]
-        assert_close(Contrast(sigma=1)(x, [""]).item(), float(np.mean(deviations)))
+    def test_places_do_not_matter_and_opposite_colours_make_grey(self) -> None:
+        x = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        shuffled = x.flatten(2)[..., torch.randperm(36)].view_as(x)
+        assert_close(Neutrality()(x, [""]), Neutrality()(shuffled, [""]))
+        assert Neutrality()(torch.cat([x, 1 - x], 3), [""]).item() == pytest.approx(1, abs=1e-9)
 
-    @pytest.mark.parametrize("name", ["astronaut", "coffee"])
-    def test_falls_with_blur_and_rises_with_noise_and_gain(self, name: str) -> None:
-        x = photo(name)
-        found = [Contrast()(image, [""]).item() for image in (blurred(x, 2), blurred(x, 1), x, noisy(x, 15))]
-        assert found == sorted(found)
-        assert_close(Contrast()(0.5 * x + 0.2, [""]).item(), 0.5 * found[2], rtol=1e-4, atol=0)
-
-    def test_flat_images_have_none_and_a_finite_gradient(self) -> None:
-        x = torch.full((1, 3, 16, 16), 0.3, dtype=torch.float64, requires_grad=True)
-        score = Contrast()(x, [""])
-        assert score.item() == pytest.approx(0, abs=1e-9)
+    def test_grey_is_the_best_and_its_gradient_is_finite(self) -> None:
+        x = torch.full((1, 3, 4, 4), 0.3, dtype=torch.float64, requires_grad=True)
+        score = Neutrality()(x, [""])
+        assert score.item() == 1
         (grad,) = torch.autograd.grad(score.sum(), x)
-        assert grad.isfinite().all()
+        assert torch.equal(grad, torch.zeros_like(x))
 
-    def test_what_it_cannot_take_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"x_01 is 12 x 20 px; the contrast needs 13 x 13 or more"):
-            Contrast()(torch.rand(1, 3, 20, 12), [""])
-        with pytest.raises(ValueError, match="sigma=0 must be positive"):
-            Contrast(sigma=0)
+    def test_its_gradient_takes_a_cast_away(self) -> None:
+        x = torch.full((1, 3, 4, 4), 0.3, dtype=torch.float64)
+        x[:, 0] = 0.6
+        (grad,) = torch.autograd.grad(Neutrality()(x.requires_grad_(), [""]).sum(), x)
+        assert grad[:, 0].max() < 0 < grad[:, 1:].min()
 
 
 class TestColourfulness:
