@@ -162,8 +162,11 @@ class RestorationModule(TrainingModule):
             tile, overlap = inference.tile // scale, inference.overlap // scale
             raw = tiled(restore, padded, tile, overlap, scale, inference.blend)
         raw = raw[..., : scale * height, : scale * width].float()
-        sr = color_fix(inference.color_fix, raw, self.color_reference(x_lq))
-        return Upscaled(sr.clamp(0, 1), raw.clamp(0, 1))
+        return Upscaled(self.fix_colors(raw, x_lq), raw.clamp(0, 1))
+
+    def fix_colors(self, raw: Tensor, x_lq: Tensor) -> Tensor:
+        """Restorations (B,3,scale*h,scale*w) as they are put out: with `inference.color_fix`, within [0,1]."""
+        return color_fix(self.inference.color_fix, raw, self.color_reference(x_lq)).clamp(0, 1)
 
     def _check_tile(self) -> None:
         tile, multiple = self.inference.tile, self.scale * self.size_multiple

@@ -26,7 +26,6 @@ from common.adapters import (
     without_adapters,
 )
 from common.checkpoints import read_stage, trained_state
-from common.color import color_fix
 from common.denoisers.flux import FLUX_TARGETS, FluxText
 from common.diffusion import flow_velocity
 from common.images import to_01
@@ -333,7 +332,8 @@ class NF2T(FlowRestorer):
     @torch.no_grad()
     def judge(self, samples: list[Sample], batch: Batch) -> Tensor:
         """Rewards r in (0, 1) of each sample, (K,B); logs what they say."""
-        scores = [self.score(self.output(sample.x, batch["lq"]), batch) for sample in samples]
+        outputs = [self.fix_colors(to_01(sample.x), batch["lq"]) for sample in samples]  # what users get
+        scores = [self.score(x_01, batch) for x_01 in outputs]
         raw = {name: torch.stack([score[name] for score in scores]) for name in scores[0]}  # each (K,B)
         normalised = normalised_rewards(torch.stack(list(raw.values())), self.std)
         for name, values in raw.items():
@@ -342,10 +342,6 @@ class NF2T(FlowRestorer):
         self.log("train/flat_groups", normalised.flat)
         self.log("train/sum_2r-1", (2 * normalised.r - 1).sum(0).mean())
         return normalised.r
-
-    def output(self, x: Tensor, x_lq: Tensor) -> Tensor:
-        """What rewards judge of restorations in [-1,1]: what users get, in [0,1] and after the colour fix."""
-        return color_fix(self.inference.color_fix, to_01(x), self.color_reference(x_lq)).clamp(0, 1)
 
     def score(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Raw rewards of images (B,3,H,W) in [0,1] by name, each (B,); those with a reference need `hq`."""
