@@ -7,7 +7,7 @@ torch's sense, but stricter in ours: every trainable key must be there and no un
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -143,21 +143,24 @@ def trained_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
 
 
-def load_trained_weights(module: nn.Module, path: str | Path, expected: set[str]) -> None:
+def load_trained_weights(
+    module: nn.Module, path: str | Path, expected: set[str], left_out: Callable[[str], bool] = lambda _: False
+) -> None:
     """Fill a method's trained weights from a checkpoint, and nothing else of it (no step, no optimiser).
 
     Args:
         module: The method, configured.
         path: A checkpoint of the same configuration.
         expected: Keys that it must hold, see `kept_keys`; counters at the root are left as they are.
+        left_out: Whether a key is of a part that the method has not built; such a key counts neither way.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It does not fit.
     """
     checkpoint = read_checkpoint(path)
-    state: Mapping[str, Tensor] = checkpoint["state_dict"]
+    state = {name: value for name, value in checkpoint["state_dict"].items() if not left_out(name)}
     check_keys(expected, set(state), f"init_from={path}")
     check_shapes(module, state, f"init_from={path}")
-    weights = {name: value for name, value in trained_state(checkpoint).items() if "." in name}
+    weights = {name: value for name, value in trained_state(checkpoint).items() if "." in name and name in state}
     module.load_state_dict(weights, strict=False)

@@ -1,6 +1,6 @@
 """What every method does at validation, test and predict time, written once.
 
-A method derives from `RestorationModule` and writes `configure_model`, `prepare`, `restore`, `training_step` and
+A method derives from `RestorationModule` and writes `configure_networks`, `prepare`, `restore`, `training_step` and
 `configure_optimizers`; it names what it trains in `trainable`. This file and `common.training` are the same for all,
 so that a comparison is fair by construction.
 """
@@ -89,7 +89,7 @@ class RestorationModule(TrainingModule):
     """
 
     size_multiple: int = 1
-    """Low-quality images are padded to multiples of this before `restore`; set in `configure_model`."""
+    """Low-quality images are padded to multiples of this before `restore`; set in `configure_networks`."""
 
     def __init__(
         self,
@@ -193,12 +193,17 @@ class RestorationModule(TrainingModule):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Score a batch with and without the colour fix, save its images and return them, (B,3,s*h,s*w)."""
         dataset = self._dataset_name("test", dataloader_idx)
-        sr, raw = self.upscale(batch["lq"], batch["prompt"])
+        conditions = self.prepare(batch["lq"], batch["prompt"])
+        sr, raw = self.upscale(batch["lq"], batch["prompt"], conditions)
         self._score(self.run_name, dataset, batch, sr)
         if self.inference.color_fix != "none":
             self._score(f"{self.run_name} (raw)", dataset, batch, raw)
         self._write(self._results() / "test" / dataset, batch["name"], sr)
+        self.tested(batch, conditions, sr, batch_idx, dataloader_idx)
         return sr
+
+    def tested(self, batch: Batch, conditions: Any, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+        """What a method does with a tested batch besides; default: nothing."""
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Upscale a batch to files named after the inputs; nothing is kept in memory."""

@@ -1,7 +1,9 @@
 """How every method is trained, written once: optimisers by turns, reproducible draws, averages, lean checkpoints.
 
-A training stage derives from `TrainingModule` and writes `configure_model`, `training_step` and `configure_optimizers`;
-it names what it trains in `trainable`. One that restores images derives from `common.restoration.RestorationModule`.
+A training stage derives from `TrainingModule` and writes `configure_networks`, `training_step` and
+`configure_optimizers`; it names what it trains in `trainable`. Discriminators, teachers and the networks of losses it
+makes in `configure_training`, so that a prediction neither loads nor holds them. One that restores images derives from
+`common.restoration.RestorationModule`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from common.checkpoints import check_keys, check_shapes, kept_keys, matching
@@ -41,6 +44,10 @@ class TrainingModule(LightningModule):
 
     trainable: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Optimiser -> name patterns of the parameters it trains, in the optimisers' order; the first one sets the pace."""
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Those children with trained weights that `configure_training` makes."""
+    inference_only = False
+    """Set before `configure_model`: leave out what only training needs. Lightning's test and predict do so anyway."""
 
     def __init__(
         self, seed: int = 0, ema_decay: float | None = None, clip: float | None = 1.0, accumulate: int = 1
@@ -55,9 +62,36 @@ class TrainingModule(LightningModule):
         self.register_buffer("train_step", torch.zeros((), dtype=torch.long))
         self.train_step: Tensor  # calls of training_step begun, micro-batches included
         self.results_dir: Path | None = None  # where test and predict write; default: in the run's folder
+        self._has_networks = self._has_training = False  # what `configure_model` has built
         self._run_dir = Path(".")
         self._grad_norm = torch.zeros(())
         self._batch: Batch = {}
+
+    # Networks
+
+    def configure_model(self) -> None:
+        """Build the networks and load the frozen weights, each part once; Lightning may call this more than once."""
+        if not self._has_networks:
+            self.configure_networks()
+            self._has_networks = True
+        if not self._has_training and self.builds_training():
+            self.configure_training()
+            self._has_training = True
+
+    def builds_training(self) -> bool:
+        """Whether what only training needs is built: not where Lightning validates, tests or predicts."""
+        looking = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
+        return not self.inference_only and (self._trainer is None or self.trainer.state.fn not in looking)
+
+    def configure_networks(self) -> None:
+        """Build what inference needs, and load its frozen weights; default: nothing."""
+
+    def configure_training(self) -> None:
+        """Build what only training needs; default: nothing."""
+
+    def left_out(self, name: str) -> bool:
+        """Whether a dotted name is of a child that has not been built, as only training needs it."""
+        return not self._has_training and name.partition(".")[0] in self.training_only
 
     def networks(self) -> dict[str, nn.Module]:
         """The method's networks by the name that `isr parameters` prints; default: its direct children."""
@@ -100,8 +134,9 @@ class TrainingModule(LightningModule):
         return self.trainable
 
     def all_trainable(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by its dotted name."""
-        return matching(self, [pattern for patterns in self.trainable_patterns().values() for pattern in patterns])
+        """Every trained parameter by its dotted name, less those that are `left_out`."""
+        patterns = [pattern for patterns in self.trainable_patterns().values() for pattern in patterns]
+        return matching(self, [pattern for pattern in patterns if not self.left_out(pattern)])
 
     def draws(self, batch: Batch) -> Draws:
         """Random numbers for this batch that resume and several processes reproduce."""
@@ -247,9 +282,12 @@ class TrainingModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that it fits before anything is loaded."""
-        check_keys(self.checkpoint_keys(), set(checkpoint["state_dict"]), "the checkpoint")
-        check_shapes(self, checkpoint["state_dict"], "the checkpoint")
+        state = {key: value for key, value in checkpoint["state_dict"].items() if not self.left_out(key)}
+        check_keys(self.checkpoint_keys(), set(state), "the checkpoint")
+        check_shapes(self, state, "the checkpoint")
+        checkpoint["state_dict"] = state
         if self.ema is not None:
             if "ema" not in checkpoint:
                 raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
-            self.ema.load_state_dict(checkpoint["ema"], self.all_trainable())
+            average = {key: value for key, value in checkpoint["ema"]["average"].items() if not self.left_out(key)}
+            self.ema.load_state_dict({**checkpoint["ema"], "average": average}, self.all_trainable())

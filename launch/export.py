@@ -37,7 +37,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def load(path: Path) -> TrainingModule:
-    """The model of a checkpoint, configured, with its averaged weights where it has them.
+    """The model of a checkpoint, configured for inference, with its averaged weights where it has them.
 
     Raises:
         UsageError: The checkpoint holds no settings: it was not written by `isr fit`.
@@ -46,16 +46,17 @@ def load(path: Path) -> TrainingModule:
     if settings is None:
         raise UsageError(f"{path} holds no settings of a model; give a checkpoint that isr fit wrote")
     model = configured(settings)
-    load_trained_weights(model, path, model.checkpoint_keys())
+    load_trained_weights(model, path, model.checkpoint_keys(), model.left_out)
     return model
 
 
 def configured(settings: Mapping[str, Any]) -> TrainingModule:
-    """A model as its settings (class_path, init_args) make it, with nothing loaded on top."""
+    """A model for inference as its settings (class_path, init_args) make it, with nothing loaded on top."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump({"model": dict(settings)}, file)
         file.flush()
         parser, parsed = parse([file.name])
     model: TrainingModule = parser.instantiate_classes(parsed).model
+    model.inference_only = True
     model.configure_model()
     return model

@@ -1,4 +1,4 @@
-"""`isr parameters CONFIG [OVERLAY ...] [--json]`: how large a configuration is, network by network.
+"""`isr parameters CONFIG [OVERLAY ...] [--inference] [--json]`: how large a configuration is, network by network.
 
 The model section is parsed as `isr fit` parses it and built on the meta device: nothing is downloaded, nothing big is
 allocated, and no data is needed.
@@ -50,11 +50,12 @@ def run(command: str, argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files, later ones over earlier ones")
+    parser.add_argument("--inference", action="store_true", help="only what a prediction builds")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     options, overrides = parser.parse_known_args(list(argv))
     if not options.configs:
         raise UsageError(f"no config given; e.g. isr {command} papers/dfosd/configs/sd21.yaml")
-    model = build(options.configs, overrides)
+    model = build(options.configs, overrides, options.inference)
     counted = summary(model)
     if options.json:
         print(json.dumps({"model": _class_path(model), "configs": options.configs, **counted}, indent=2))
@@ -63,12 +64,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def build(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> LightningModule:
+def build(configs: Sequence[str | Path], overrides: Sequence[str] = (), inference: bool = False) -> LightningModule:
     """Build the model that config files describe, on the meta device.
 
     Args:
         configs: YAML files, later ones over earlier ones; only their model sections count.
         overrides: Further arguments, `--model.ARG=VALUE`.
+        inference: Leave out what only training needs.
 
     Raises:
         UsageError: A config is missing or cannot be understood, or no model is named.
@@ -79,6 +81,8 @@ def build(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> Light
     try:
         with architecture_only(), torch.device("meta"):
             model: LightningModule = parser.instantiate_classes(parsed).model
+            if isinstance(model, TrainingModule):
+                model.inference_only = inference
             model.configure_model()
     finally:
         logging.disable(before)
@@ -114,13 +118,14 @@ def summary(model: LightningModule) -> dict[str, Any]:
 
     Returns:
         `networks`: rows as dicts; `sums`: the paper's own sums; `total` and `trainable` over all networks but text
-        encoders; `optimizers`: how much each of them trains; `bytes`: its memory plan, empty where it has none.
+        encoders; `optimizers`: how much each of them trains; `bytes`: its memory plan, empty where it has none. These
+        two are of training, and empty where the model is `inference_only`.
     """
+    trained = True
     if isinstance(model, TrainingModule):
-        rows, sums = model.parameter_rows(), model.parameter_sums()
-        optimizers = {
-            name: sum(p.numel() for p in model.trainable_parameters(name)) for name in model.trainable_patterns()
-        }
+        rows, sums, trained = model.parameter_rows(), model.parameter_sums(), not model.inference_only
+        names = model.trainable_patterns() if trained else ()
+        optimizers = {name: sum(p.numel() for p in model.trainable_parameters(name)) for name in names}
     else:
         rows, sums = _children(model), {}
         optimizers = {"all": sum(row.trainable for row in rows)}
@@ -131,7 +136,7 @@ def summary(model: LightningModule) -> dict[str, Any]:
         "total": sum(row.total for row in held),
         "trainable": sum(row.trainable for row in held),
         "optimizers": optimizers,
-        "bytes": model.memory_plan() if isinstance(model, Planned) else {},
+        "bytes": model.memory_plan() if trained and isinstance(model, Planned) else {},
     }
 
 

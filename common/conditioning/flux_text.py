@@ -12,7 +12,6 @@ from torch import Tensor
 
 from common.denoisers.flux import FluxText
 from common.files import replacing
-from common.parameters import Row, count
 from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
 
 CLIP = ("text_encoder", "tokenizer")
@@ -110,18 +109,10 @@ def cache_flux_prompts(
     return len(fresh)
 
 
-def flux_text_bytes(pretrained: str) -> int:
-    """Bytes of the two encoders in the types in which they are loaded; counted without their weights."""
+def flux_text_encoders(pretrained: str) -> dict[str, Any]:
+    """CLIP and T5 in the types in which they are loaded, on the meta device: to count them without their weights."""
     with architecture_only():
-        encoders = [_encoder(pretrained, parts, "meta", False)[1] for parts in (CLIP, T5)]
-    return sum(parameter.nbytes for encoder in encoders for parameter in encoder.parameters())
-
-
-def flux_text_rows(pretrained: str) -> list[Row]:
-    """What `isr parameters` prints of the two encoders, which only make a condition; counted without their weights."""
-    with architecture_only():
-        encoders = {name: load_text_encoder(pretrained, *parts)[1] for name, parts in (("CLIP", CLIP), ("T5", T5))}
-    return [Row(f"{name} of {pretrained}", "text", count(encoder).total, 0) for name, encoder in encoders.items()]
+        return {name: _encoder(pretrained, parts, "meta", False)[1] for name, parts in (("CLIP", CLIP), ("T5", T5))}
 
 
 def forget_flux_prompts() -> None:

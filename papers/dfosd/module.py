@@ -19,7 +19,7 @@ from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
-from common.losses import build_image_loss, discriminator_loss, generator_loss, mse
+from common.losses import ImageLoss, build_image_loss, discriminator_loss, generator_loss, mse
 from common.parameters import Row
 from common.pretrained import (
     drawing_weights,
@@ -76,6 +76,7 @@ class DFOSD(RestorationModule):
         "generator": ("generator.unet.*lora_*", "embedding.*"),
         "discriminator": ("discriminator.trunk.*lora_*", "discriminator.head.*", "disc_embedding.*"),
     }
+    training_only = ("discriminator", "disc_embedding")
 
     empty_prompt: Tensor
     disc_empty_prompt: Tensor
@@ -126,13 +127,16 @@ class DFOSD(RestorationModule):
         self.optimizer, self.disc_optimizer, self.disc_head_lr = optimizer, disc_optimizer, disc_head_lr
         self.lr_scheduler, self.gradient_checkpointing = lr_scheduler, gradient_checkpointing
         self.generator: UNetDenoiser | None = None
+        self.embedding: LearnedEmbedding | None = None
+        self.discriminator: nn.Module | None = None
+        self.disc_embedding: LearnedEmbedding | None = None
+        self.image_losses: dict[str, tuple[ImageLoss, float]] = {}
+        self.loss_networks = nn.ModuleDict()
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Build the networks and load the frozen weights; Lightning may call this more than once."""
-        if self.generator is not None:
-            return
+    def configure_networks(self) -> None:
+        """Generator and text condition."""
         schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
         if not 0 <= self.timestep < schedule.num_timesteps:
             raise ValueError(f"timestep={self.timestep} is out of range; set 0 .. {schedule.num_timesteps - 1}")
@@ -144,7 +148,11 @@ class DFOSD(RestorationModule):
         self.size_multiple = max(1, self.codec.downscale * 2**levels // self.scale)
         self.generator = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
         self._configure_condition(unet.config.cross_attention_dim)
-        self._configure_discriminator(schedule)
+
+    def configure_training(self) -> None:
+        """Discriminator and losses."""
+        assert self.generator is not None
+        self._configure_discriminator(self.generator.schedule)
         losses = {self.perceptual: self.lambda_perceptual} if self.perceptual != "none" else {}
         weights = "random" if is_architecture_only() else self.perceptual_weights
         self.image_losses = {
@@ -157,7 +165,6 @@ class DFOSD(RestorationModule):
 
     def _configure_condition(self, width: int) -> None:
         """Table 3 of the supplement: the four kinds differ in the embedding alone."""
-        self.embedding: LearnedEmbedding | None = None
         if self.condition in ("learned", "noise"):
             init: Literal["normal"] | Tensor = "normal"
             if self.embedding_init == "empty_prompt":
@@ -172,8 +179,6 @@ class DFOSD(RestorationModule):
 
     def _configure_discriminator(self, schedule: NoiseSchedule) -> None:
         """Table 4b of D3SR: none, pixel CNN, Diffusion-GAN, and U-Net trunks (SD 2.1 or SDXL by `disc_pretrained`)."""
-        self.discriminator: nn.Module | None = None
-        self.disc_embedding: LearnedEmbedding | None = None
         with drawing_weights(self.seed + 1):
             if self.disc_kind == "nad":
                 unet = load_unet(self.disc_pretrained)

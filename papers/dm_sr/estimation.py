@@ -91,10 +91,8 @@ class TimestepEstimation(TrainingModule):
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Build T, and what its target needs."""
-        if self.estimator is not None:
-            return
+    def configure_networks(self) -> None:
+        """T, and what its target needs."""
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         if self.target == "lpips":
             weights = "random" if is_architecture_only() else self.lpips_weights
@@ -296,11 +294,10 @@ def read_restorer(path: str) -> Any:
     checkpoint = read_stage(path, "restorer", "papers.dm_sr.DMSR")
     names = ("pretrained", "prompt", "embedding", "scale", "seed")
     given = {name: checkpoint["hyper_parameters"][name] for name in names}
-    # neither estimator nor discriminator nor losses are asked
-    restorer = DMSR(**given, timestep=0, lambda_per=0.0, lambda_adv=0.0, ema_decay=None)
+    restorer = DMSR(**given, timestep=0, ema_decay=None)  # the estimator is not asked
+    restorer.inference_only = True
     restorer.configure_model()
-    keys = restorer.checkpoint_keys()
-    state = {n: value for n, value in trained_state(checkpoint).items() if not n.startswith("discriminator.")}
-    check_keys(keys, set(state), f"restorer={path}")
+    state = {name: value for name, value in trained_state(checkpoint).items() if not restorer.left_out(name)}
+    check_keys(restorer.checkpoint_keys(), set(state), f"restorer={path}")
     restorer.load_state_dict(state, strict=False)
     return restorer.requires_grad_(False).eval()

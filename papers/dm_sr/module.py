@@ -23,6 +23,7 @@ from common.draws import Draws
 from common.figures import figure_to_tensor, noise_distribution, save_figure
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import (
+    ImageLoss,
     LatentLPIPS,
     build_image_loss,
     distribution_matching_gradient,
@@ -108,6 +109,7 @@ class DMSR(RestorationModule):
         "encoder": ("encoder.encoder.*", "encoder.time.*"),
         "discriminator": ("discriminator.*",),
     }
+    training_only = ("discriminator",)
 
     def __init__(
         self,
@@ -165,6 +167,10 @@ class DMSR(RestorationModule):
         self.optimizer, self.disc_optimizer, self.lr_scheduler = optimizer, disc_optimizer, lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
         self.encoder: TimeAwareEncoder | None = None
+        self.perceptual: LatentLPIPS | None = None
+        self.image_losses: dict[str, tuple[ImageLoss, float]] = {}
+        self.loss_networks = nn.ModuleDict()
+        self.discriminator: ControlNetDiscriminator | None = None
         self._noise: list[Tensor] = []  # of test images, for the plot
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} is out of range; set 1 or more")
@@ -176,10 +182,8 @@ class DMSR(RestorationModule):
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Build the networks and load the frozen weights; Lightning may call this more than once."""
-        if self.encoder is not None:
-            return
+    def configure_networks(self) -> None:
+        """Estimator, encoder and denoiser."""
         schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
         if isinstance(self.timestep, int) and not 0 <= self.timestep < schedule.num_timesteps:
             raise ValueError(f"timestep={self.timestep} is out of range; set 0 .. {schedule.num_timesteps - 1}")
@@ -192,8 +196,15 @@ class DMSR(RestorationModule):
         if self.prompt is not None:
             self.register_buffer("prompt_embeds", encode_prompts(self.pretrained, [self.prompt]), persistent=False)
         self.captioner = Captioner(self.captioner_id) if self.captioner_id is not None else None
+        self.encoder = TimeAwareEncoder(
+            load_vae(self.pretrained, trainable=True),
+            self.embedding_kind,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+    def configure_training(self) -> None:
+        """Losses and discriminator."""
         weights = "random" if is_architecture_only() else self.perceptual_weights
-        self.perceptual: LatentLPIPS | None = None
         if self.lambda_per:
             self.perceptual = LatentLPIPS(weights, self.codec.latent_channels, self.perceptual_width)
         self.image_losses = {
@@ -203,23 +214,17 @@ class DMSR(RestorationModule):
         self.loss_networks = nn.ModuleDict(
             {name: loss for name, (loss, _) in self.image_losses.items() if isinstance(loss, nn.Module)}
         )
-        self.discriminator: ControlNetDiscriminator | None = None
         if self.lambda_adv:
             self.discriminator = ControlNetDiscriminator(
                 self.codec.latent_channels,
                 self.disc_channels,
                 self.disc_heads,
-                unet.config.cross_attention_dim,
+                self.denoiser.unet.config.cross_attention_dim,
                 self.codec.downscale,
                 norm_num_groups=self.disc_groups,
                 gradient_checkpointing=self.gradient_checkpointing,
                 seed=self.seed,
             )
-        self.encoder = TimeAwareEncoder(
-            load_vae(self.pretrained, trainable=True),
-            self.embedding_kind,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the names of the paper's tables; quant_conv, which is frozen, apart from the encoder."""

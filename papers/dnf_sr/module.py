@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from common.adapters import adapter_names, count_lora
 from common.autoencoder import ImageCodec
 from common.conditioning.captions import Captioner
-from common.conditioning.flux_text import cache_flux_prompts, encode_flux_prompts, flux_text_bytes, flux_text_rows
+from common.conditioning.flux_text import cache_flux_prompts, encode_flux_prompts, flux_text_encoders
 from common.denoisers.flux import FluxDenoiser, FluxText
 from common.diffusion import flow_clean, flow_noise
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
-from common.losses import build_image_loss
+from common.losses import ImageLoss, build_image_loss
 from common.metrics import to_uint8
-from common.parameters import Row
+from common.parameters import Row, count
 from common.pretrained import architecture_only, is_architecture_only, load_diffusers_model, load_vae
 from common.restoration import RestorationModule
 
@@ -45,6 +45,14 @@ class Slots(NamedTuple):
     """In the place of the image to edit."""
     start: Tensor
     """What t v is taken off."""
+
+
+class Conditions(NamedTuple):
+    """What is decided once for a whole image."""
+
+    text: FluxText
+    noise: int = 0
+    """Number of the noise that is taken, among all that an image can be restored with."""
 
 
 class FlowRestorer(RestorationModule):
@@ -116,12 +124,12 @@ class FlowRestorer(RestorationModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
         self.flow: FluxDenoiser | None = None
-        self.noise_sample = 0  # number of the noise that `restore` takes
+        self.dists: ImageLoss | None = None
 
     # Networks
 
-    def _configure_flow(self) -> FluxDenoiser:
-        """VAE, transformer and the loss's network, all frozen; returns the transformer for `self.flow`."""
+    def configure_networks(self) -> None:
+        """VAE and transformer, both frozen."""
         self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
         dtype = DTYPES[self.base_dtype]
         transformer = load_diffusers_model(FluxTransformer2DModel, self.pretrained, "transformer", dtype)
@@ -131,9 +139,12 @@ class FlowRestorer(RestorationModule):
                 f"2x2 pixels of the VAE's latents are {4 * self.codec.latent_channels}; give a FLUX with its own VAE"
             )
         self.size_multiple = math.lcm(2 * self.codec.downscale, self.scale) // self.scale
+        self.flow = FluxDenoiser(transformer, self.gradient_checkpointing)
+
+    def configure_training(self) -> None:
+        """The loss in feature space."""
         weights = "random" if is_architecture_only() else self.dists_weights
         self.dists = build_image_loss(self.dists_kind, weights, self.dists_width)
-        return FluxDenoiser(transformer, self.gradient_checkpointing)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the paper's names."""
@@ -150,7 +161,9 @@ class FlowRestorer(RestorationModule):
                 layers = max(count_lora(adapted, name).layers for name in adapter_names(adapted))
                 row = replace(row, name=f"{row.name} ({layers} layers)")
             rows.append(row)
-        return [*rows, *flux_text_rows(self.pretrained)]
+        for name, encoder in flux_text_encoders(self.pretrained).items():
+            rows.append(Row(f"{name} of {self.pretrained}", "text", count(encoder).total, 0))
+        return rows
 
     def memory_plan(self) -> dict[str, int]:
         """Bytes of what training holds, by what it is; activations are not among them."""
@@ -163,7 +176,8 @@ class FlowRestorer(RestorationModule):
             "text of one caption (the encoders need not stay)": sum(part.nbytes for part in text),
         }
         if self.keep_text_encoders:
-            plan["text encoders, kept"] = flux_text_bytes(self.pretrained)
+            encoders = flux_text_encoders(self.pretrained).values()
+            plan["text encoders, kept"] = sum(p.nbytes for encoder in encoders for p in encoder.parameters())
         for name in self.trainable_patterns():
             weights = sum(parameter.nbytes for parameter in self.trainable_parameters(name))
             plan |= {f"{name}: weights and gradients": 2 * weights, f"{name}: two moments of Adam": 2 * weights}
@@ -196,6 +210,11 @@ class FlowRestorer(RestorationModule):
     def clean(self, slots: Slots, v: Tensor) -> Tensor:
         """z_H = z_mix - t v."""
         return flow_clean(slots.start, v, self.t_mid)
+
+    def feature_loss(self, x: Tensor, target: Tensor) -> Tensor:
+        """DISTS (or EA-DISTS) of images (B,3,H,W) in [-1,1], taken in [0,1]: (B,)."""
+        assert self.dists is not None
+        return self.dists(to_01(x), to_01(target))
 
     def texts(self, prompts: list[str]) -> list[str]:
         """What the transformer is told: each caption (or `prompt`) and the suffix."""
@@ -233,24 +252,24 @@ class FlowRestorer(RestorationModule):
 
     # Inference
 
-    def prepare(self, x_lq: Tensor, prompts: list[str]) -> FluxText:
+    def prepare(self, x_lq: Tensor, prompts: list[str]) -> Conditions:
         """The text belongs to the whole image."""
-        return self.text(prompts if self.captioner is None else self.captioner.to(self.device)(x_lq))
+        return Conditions(self.text(prompts if self.captioner is None else self.captioner.to(self.device)(x_lq)))
 
-    def restore(self, x_lq: Tensor, conditions: FluxText) -> Tensor:
+    def restore(self, x_lq: Tensor, conditions: Conditions) -> Tensor:
         """One transformer call between one encoding and one decoding, with the noise of `test_noise`."""
         z_lq = self.encode(x_lq)
-        slots = self.fill(z_lq, self.test_noise(x_lq, z_lq.shape[1:], self.noise_sample))
-        return to_01(self.codec.decode(self.clean(slots, self.velocity(slots, conditions))).clamp(-1, 1))
+        slots = self.fill(z_lq, self.test_noise(x_lq, z_lq.shape[1:], conditions.noise))
+        return to_01(self.codec.decode(self.clean(slots, self.velocity(slots, conditions.text))).clamp(-1, 1))
 
-    def test_noise(self, x_lq: Tensor, shape: torch.Size, sample: int = 0) -> Tensor:
-        """Noise (B,*shape) that follows from the seed and each image's (or tile's) pixels.
+    def test_noise(self, x_lq: Tensor, shape: torch.Size, number: int = 0) -> Tensor:
+        """Noise (B,*shape) that follows from the seed, its number and each image's (or tile's) pixels.
 
         So a repeated or resumed prediction gives the same file, and neither batch, process nor order matter.
         """
         pixels = to_uint8(x_lq).cpu().numpy()
         keys = [int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=7).digest(), "big") for image in pixels]
-        return Draws(self.seed, torch.tensor(keys), self.device).normal(f"test/noise{sample}", shape)
+        return Draws(self.seed, torch.tensor(keys), self.device).normal(f"test/noise{number}", shape)
 
 
 def _base_bytes(module: nn.Module) -> int:

@@ -32,7 +32,7 @@ from common.images import to_01
 from common.losses import mse
 from common.metrics import MetricUnavailableError, to_uint8
 from common.parameters import Row
-from common.pretrained import HUB_ID, WeightsNotFoundError, is_architecture_only
+from common.pretrained import HUB_ID, is_architecture_only
 from common.rewards import Reward, build_reward
 from common.training import Batch
 from papers.dnf_sr.figures import Comparison, write_comparison
@@ -46,7 +46,7 @@ from papers.dnf_sr.losses import (
     self_normalised_nft_loss,
     two_branches,
 )
-from papers.dnf_sr.module import FlowRestorer, Slots
+from papers.dnf_sr.module import Conditions, FlowRestorer, Slots
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +142,7 @@ class NF2T(FlowRestorer):
         self._policy = THETA
         self._sft_adapter: dict[str, Tensor] = {}
         self._comparison: list[Comparison] = []
-        self._conditions: FluxText | None = None  # of the batch that is tested
-        self._unavailable: set[str] = set()  # rewards that a test goes without
+        self.rewards = nn.ModuleDict()
 
     def _check(self) -> None:
         """Settings that contradict each other."""
@@ -167,20 +166,30 @@ class NF2T(FlowRestorer):
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Build the networks, open stage 1 and load the frozen weights; Lightning may call this more than once."""
-        if self.flow is not None:
-            return
+    def configure_networks(self) -> None:
+        """VAE, and transformer with both policies, as stage 1 left them."""
         sft = {} if is_architecture_only() else self._read_sft()  # before anything large is loaded
-        flow = self._configure_flow()
+        super().configure_networks()
+        assert self.flow is not None
+        transformer = self.flow.transformer
         for name in (OLD, THETA):
-            add_lora(flow.transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, name, seed=self.seed)
+            add_lora(transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, name, seed=self.seed)
         if sft:
-            self._open_sft(sft, flow.transformer)
-        _make_buffers(flow.transformer, OLD)
-        set_adapter(flow.transformer, THETA)
-        self.rewards = nn.ModuleDict({name: self._reward(name) for name in self.reward_names})
-        self.flow = flow
+            self._open_sft(sft, transformer)
+        _make_buffers(transformer, OLD)
+        set_adapter(transformer, THETA)
+
+    def configure_training(self) -> None:
+        """Losses and rewards."""
+        super().configure_training()
+        for name in self.reward_names:
+            self.rewards[name] = self._reward(name)
+
+    def _open_reward(self, name: str) -> None:
+        """Build a reward where it is missing, and fetch its weights now."""
+        if name not in self.rewards:
+            self.rewards[name] = self._reward(name).to(self.device)
+        self._judges()[name].load(self.device)
 
     def _reward(self, name: str) -> Reward:
         arguments = self.reward_args.get(name, {})
@@ -197,8 +206,7 @@ class NF2T(FlowRestorer):
         """
         checkpoint = read_stage(self.sft, "sft", "papers.dnf_sr.DNFSR")
         settings = checkpoint["hyper_parameters"]
-        in_fit = self._trainer is not None and self.trainer.state.fn == "fit"
-        for key in (*SHARED, *(SHARED_IN_FIT if in_fit else ())):
+        for key in (*SHARED, *(SHARED_IN_FIT if self.builds_training() else ())):
             before, here = settings.get(key, getattr(self, key)), getattr(self, key)
             if before == here or (key == "pretrained" and _is_same_place(before, here)):
                 continue
@@ -289,9 +297,8 @@ class NF2T(FlowRestorer):
     def on_fit_start(self) -> None:
         """Fetch the rewards' weights now, so that a run fails before it starts."""
         super().on_fit_start()
-        self._unavailable.clear()
-        for reward in self._judges().values():
-            reward.load(self.device)
+        for name in self.reward_names:
+            self._open_reward(name)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Algorithm 1: a round of rollout (lines 5 to 12), gradient steps (13 to 23) and online update (24)."""
@@ -346,7 +353,6 @@ class NF2T(FlowRestorer):
     def score(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Raw rewards of images (B,3,H,W) in [0,1] by name, each (B,); those with a reference need `hq`."""
         judges = {name: reward for name, reward in self._judges().items() if "hq" in batch or not reward.referenced}
-        judges = {name: reward for name, reward in judges.items() if name not in self._unavailable}
         return {name: reward(x_01, batch["prompt"], batch.get("hq")) for name, reward in judges.items()}
 
     def _judges(self) -> dict[str, Reward]:
@@ -373,7 +379,7 @@ class NF2T(FlowRestorer):
     def distance(self, x: Tensor, target: Tensor) -> Tensor:
         """L_rec = lambda_2 MSE in [-1,1] + lambda_3 DISTS in [0,1], (B,)."""
         weight_mse, weight_dists = self.rec_weights
-        return weight_mse * mse(x, target) + weight_dists * self.dists(to_01(x), to_01(target))
+        return weight_mse * mse(x, target) + weight_dists * self.feature_loss(x, target)
 
     def _nft_objective(
         self, v: Tensor, v_old: Tensor, sample: Sample, r: Tensor, slots: Slots, text: FluxText
@@ -439,42 +445,29 @@ class NF2T(FlowRestorer):
     # Test: the same images with the same noise, before and after
 
     def on_test_start(self) -> None:
-        """Find out which rewards cannot be had: unlike training, a test goes without them."""
+        """Get the rewards; unlike training, a test goes without those that cannot be had."""
         super().on_test_start()
-        self._unavailable.clear()
-        for name, reward in self._judges().items() if self.compared else ():
+        for name in self.reward_names if self.compared else ():
             try:
-                reward.load(self.device)
-            except (MetricUnavailableError, WeightsNotFoundError) as error:
+                self._open_reward(name)
+            except (MetricUnavailableError, FileNotFoundError) as error:
                 log.warning("reward %s is not computed: %s", name, error)
-                self._unavailable.add(name)
+                if name in self.rewards:
+                    del self.rewards[name]
 
-    def prepare(self, x_lq: Tensor, prompts: list[str]) -> FluxText:
-        """The text belongs to the whole image; it is one for all restorations of a tested batch."""
-        return super().prepare(x_lq, prompts) if self._conditions is None else self._conditions
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Score a batch as every method does, and by rewards against stage 1's policy."""
-        self._conditions = self.prepare(batch["lq"], batch["prompt"])
-        try:
-            sr = super().test_step(batch, batch_idx, dataloader_idx)
-            if self.compared:
-                self._compare(batch, batch_idx, dataloader_idx)
-        finally:
-            self._conditions, self.noise_sample = None, 0
-        return sr
-
-    def _compare(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+    def tested(self, batch: Batch, conditions: Conditions, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
         """Restore a batch by several noises, by stage 1's policy and by theta, and note what the rewards say."""
+        if not self.compared:
+            return
         dataset = self._dataset_name("test", dataloader_idx)
         size = len(batch["name"])
         numbers = batch.get("index", torch.arange(batch_idx * size, (batch_idx + 1) * size))  # a foreign data module
         drawn = [dataloader_idx == 0 and int(number) == self.pictured for number in numbers]
         for noise in range(max(self.compared, self.group_size if any(drawn) else 0)):
-            self.noise_sample = noise
-            after = self.upscale(batch["lq"], batch["prompt"]).sr
+            told = conditions._replace(noise=noise)
+            after = self.upscale(batch["lq"], batch["prompt"], told).sr
             with self.stage_one():
-                before = self.upscale(batch["lq"], batch["prompt"]).sr
+                before = self.upscale(batch["lq"], batch["prompt"], told).sr
             scores = [self._test_scores(x, batch) for x in (before, after)]
             for i, name in enumerate(batch["name"]):
                 one, other = ({metric: float(values[i]) for metric, values in score.items()} for score in scores)

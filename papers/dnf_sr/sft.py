@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.adapters import add_lora, vae_encoder_targets, without_adapters
 from common.denoisers.flux import FLUX_TARGETS
 from common.draws import Draws
-from common.images import to_01, to_pm1
+from common.images import to_pm1
 from common.losses import discriminator_loss, generator_loss, mse
 from common.training import Batch
 from papers.dnf_sr.module import FlowRestorer
@@ -40,6 +40,7 @@ class DNFSR(FlowRestorer):
         "generator": ("flow.transformer.*lora_*", "codec.vae.*lora_*"),
         "discriminator": ("discriminator.heads.*",),
     }
+    training_only = ("discriminator",)
 
     def __init__(
         self,
@@ -58,18 +59,21 @@ class DNFSR(FlowRestorer):
         self.lambda_z, self.lambda_mse, self.lambda_dists = lambda_z, lambda_mse, lambda_dists
         self.lambda_gan, self.disc = lambda_gan, disc
         self.disc_hidden, self.disc_augment, self.disc_optimizer = disc_hidden, disc_augment, disc_optimizer
+        self.discriminator: Discriminator | None = None
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Build the networks and load the frozen weights; Lightning may call this more than once."""
-        if self.flow is not None:
-            return
-        flow = self._configure_flow()
+    def configure_networks(self) -> None:
+        """VAE and transformer, each with an adapter."""
+        super().configure_networks()
+        assert self.flow is not None
         targets = vae_encoder_targets(self.codec.vae)
         add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, targets, seed=self.seed)
-        add_lora(flow.transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, seed=self.seed)
-        self.discriminator: Discriminator | None = None
+        add_lora(self.flow.transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, seed=self.seed)
+
+    def configure_training(self) -> None:
+        """Losses and discriminator."""
+        super().configure_training()
         if self.lambda_gan:
             self.discriminator = Discriminator(
                 self.disc,
@@ -78,7 +82,6 @@ class DNFSR(FlowRestorer):
                 gradient_checkpointing=self.gradient_checkpointing,
                 seed=self.seed,
             )
-        self.flow = flow
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the paper's names, the discriminator in its two parts."""
@@ -126,7 +129,7 @@ class DNFSR(FlowRestorer):
         terms = {
             "latent": (self.lambda_z, (z_l - z_hr).square().mean()),
             "mse": (self.lambda_mse, mse(x_h_hat, x_h).mean()),
-            self.dists_kind: (self.lambda_dists, self.dists(to_01(x_h_hat), to_01(x_h)).mean()),
+            self.dists_kind: (self.lambda_dists, self.feature_loss(x_h_hat, x_h).mean()),
         }
         self.log_dict({f"train/{name}": value.detach() for name, (_, value) in terms.items()})
         return torch.stack([weight * value for weight, value in terms.values()]).sum()

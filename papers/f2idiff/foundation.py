@@ -97,10 +97,8 @@ class Foundation(TrainingModule):
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Build the U-Net with random weights and load what is frozen."""
-        if self.denoiser is not None:
-            return
+    def configure_networks(self) -> None:
+        """The U-Net with random weights, and what is frozen."""
         schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
         self.codec = ImageCodec(load_vae(self.pretrained))
         unet = load_unet(f"random:{self.architecture}", trainable=True)

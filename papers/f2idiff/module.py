@@ -22,7 +22,7 @@ from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
-from common.losses import build_image_loss, mse, vsd_gradient, vsd_loss
+from common.losses import ImageLoss, build_image_loss, mse, vsd_gradient, vsd_loss
 from common.parameters import Row
 from common.pretrained import (
     is_architecture_only,
@@ -94,6 +94,7 @@ class F2IDiffSR(RestorationModule):
         ),
         "regulariser": ("prior.unet.*lora_*",),
     }
+    training_only = ("prior",)
 
     def __init__(
         self,
@@ -151,13 +152,13 @@ class F2IDiffSR(RestorationModule):
         self.optimizer, self.reg_optimizer, self.lr_scheduler = optimizer, reg_optimizer, lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
         self.generator: UNetDenoiser | None = None
+        self.prior: UNetDenoiser | None = None
+        self.image_loss: ImageLoss | None = None
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Build the networks and load the frozen weights; Lightning may call this more than once."""
-        if self.generator is not None:
-            return
+    def configure_networks(self) -> None:
+        """Generator and condition."""
         schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
         last = schedule.num_timesteps - 1
         if not 0 <= self.timestep <= last:
@@ -176,17 +177,19 @@ class F2IDiffSR(RestorationModule):
         self.size_multiple = max(1, self.codec.downscale * 2 ** (len(unet.config.block_out_channels) - 1) // self.scale)
         self.generator = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
         self._configure_condition(opened.null_token, unet.config.cross_attention_dim)
-        self.prior: UNetDenoiser | None = None
+
+    def configure_training(self) -> None:
+        """Prior and perceptual loss."""
+        assert self.generator is not None
         if self.lambda_vsd:
             # teacher and regulariser are one base: the adapter off and on. The generator's own conv_in is trained, so
             # its base is another
             base = self._open_unet().unet
             add_lora(base, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed + 1)
-            self.prior = UNetDenoiser(base, schedule, self.gradient_checkpointing)
-        weights = "random" if is_architecture_only() else self.perceptual_weights
-        self.image_loss = (
-            build_image_loss(self.perceptual, weights, self.perceptual_width) if self.perceptual != "none" else None
-        )
+            self.prior = UNetDenoiser(base, self.generator.schedule, self.gradient_checkpointing)
+        if self.perceptual != "none":
+            weights = "random" if is_architecture_only() else self.perceptual_weights
+            self.image_loss = build_image_loss(self.perceptual, weights, self.perceptual_width)
 
     def _open_unet(self) -> Opened:
         if self.foundation is None:

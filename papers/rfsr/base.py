@@ -53,21 +53,17 @@ class BaseSR(RestorationModule):
             raise ValueError(f"prompt_dropout={prompt_dropout} is out of range; set a share, 0 .. 1")
         self.base, self.prompt_dropout, self.weight_limit = base, prompt_dropout, weight_limit
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.configured = False
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Load the base; Lightning may call this more than once."""
-        if self.configured:
-            return
+    def configure_networks(self) -> None:
+        """The base."""
         self.base.configure()
         self.adapt()
         levels = len(self.base.unet.config.block_out_channels)
         self.size_multiple = max(1, self.base.codec.downscale * 2 ** (levels - 1) // self.scale)
         for parameter in self.all_trainable().values():
             parameter.requires_grad_(True)
-        self.configured = True
 
     def adapt(self) -> None:
         """Change the networks before it is asked what is trained; nothing here."""

@@ -26,7 +26,7 @@ from common.pretrained import is_architecture_only
 from common.rewards import Reward, build_reward, reward_loss
 from common.training import Batch
 from papers.rfsr.base import BaseSR
-from papers.rfsr.bases import Base, Conditions
+from papers.rfsr.bases import Base, Conditions, Description
 from papers.rfsr.drift import plot_drift
 from papers.rfsr.sampling import advance, bands, trained_steps
 
@@ -152,23 +152,24 @@ class RFSR(BaseSR):
         self.t_late_max = t_late_max if has_late_loss else -1
         if ema_decay is not None:
             self.ema = EMA(ema_decay, warmup=False)
+        self.start, self.rewards = Start({}), nn.ModuleDict()
+        self.gram: GramKL | None = None
         self._drifts: list[dict[str, Any]] = []
 
     # Networks
 
-    def configure_model(self) -> None:
-        """Load the base, keep its starting values as theta', and make the networks of the losses."""
-        if self.configured:
-            return
-        super().configure_model()
+    def builds_training(self) -> bool:
+        """Also for a test that measures the drift."""
+        tested = self._trainer is not None and self.trainer.state.fn == "test"
+        return super().builds_training() or (self.measure_drift and tested)
+
+    def configure_training(self) -> None:
+        """Starting values as theta', and the networks of the losses."""
         self.steps = trained_steps(self.base.timesteps, self.t_early_min, self.t_late_max)
         self.start = Start(self.all_trainable() if self.keeps_start else {})
-        weights, width, features, distance = self.gram_options
-        self.gram = (
-            GramKL("random" if is_architecture_only() else weights, width, features, distance)
-            if self.regulariser == "gram" or self.measure_drift
-            else None
-        )
+        if self.regulariser == "gram" or self.measure_drift:
+            weights, width, features, distance = self.gram_options
+            self.gram = GramKL("random" if is_architecture_only() else weights, width, features, distance)
         self.rewards = nn.ModuleDict({name: _trainable_by(build_reward(name)) for name in self.reward_weights})
 
     def adapt(self) -> None:
@@ -310,21 +311,18 @@ class RFSR(BaseSR):
 
     # Drift: what training has done to each test image
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Score a batch; with `measure_drift` compare it with theta' of the same noise."""
-        sr = super().test_step(batch, batch_idx, dataloader_idx)
-        if self.measure_drift:
-            with self.as_it_was():
-                was = self.upscale(batch["lq"], batch["prompt"]).sr
-            self._compare(self._dataset_name("test", dataloader_idx), batch, sr, was)
-        return sr
-
-    def _compare(self, dataset: str, batch: Batch, sr: Tensor, was: Tensor) -> None:
+    def tested(self, batch: Batch, conditions: Description, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+        """With `measure_drift` compare a restored batch with theta' of the same noise."""
+        if not self.measure_drift:
+            return
         assert self.gram is not None
+        with self.as_it_was():
+            was = self.upscale(batch["lq"], batch["prompt"], conditions).sr
         columns = {"gram": self.gram(sr, was)}
         texts = self.base.look(batch["lq"], batch["prompt"]).texts
         for name, reward in self.rewards.items():
             columns |= {f"{name}_base": reward(was, texts), name: reward(sr, texts)}
+        dataset = self._dataset_name("test", dataloader_idx)
         for i, image in enumerate(batch["name"]):
             numbers = {column: float(values[i]) for column, values in columns.items()}
             self._drifts.append({"dataset": dataset, "image": image} | numbers)

@@ -17,11 +17,10 @@ from common.conditioning import flux_text as module
 from common.conditioning.flux_text import (
     cache_flux_prompts,
     encode_flux_prompts,
-    flux_text_bytes,
-    flux_text_rows,
+    flux_text_encoders,
     forget_flux_prompts,
 )
-from common.parameters import Row
+from common.parameters import count
 from common.pretrained import architecture_only, load_text_encoder
 
 KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
@@ -214,14 +213,13 @@ def test_a_large_t5_works_in_bfloat16_and_a_small_one_in_float32(folder: str, mo
 
 @pytest.mark.usefixtures("no_network")
 class TestWithoutWeights:
-    def test_rows_of_flux_have_the_published_counts(self) -> None:
-        assert flux_text_rows(KONTEXT) == [
-            Row(f"CLIP of {KONTEXT}", "text", 123_060_480, 0),
-            Row(f"T5 of {KONTEXT}", "text", 4_762_310_656, 0),
-        ]
-
-    def test_bytes_are_of_the_types_in_which_the_encoders_are_loaded(self) -> None:
-        assert flux_text_bytes(KONTEXT) == 2 * 4_762_310_656 + 4 * 123_060_480
+    def test_the_encoders_have_the_published_counts_in_the_types_in_which_they_are_loaded(self) -> None:
+        encoders = flux_text_encoders(KONTEXT)
+        found = {
+            name: (count(encoder).total, {p.dtype for p in encoder.parameters()}) for name, encoder in encoders.items()
+        }
+        assert found == {"CLIP": (123_060_480, {torch.float32}), "T5": (4_762_310_656, {torch.bfloat16})}
+        assert all(p.is_meta for encoder in encoders.values() for p in encoder.parameters())
 
     def test_gives_the_shapes_alone_and_remembers_nothing(self) -> None:
         with architecture_only():

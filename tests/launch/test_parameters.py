@@ -51,6 +51,29 @@ def test_the_papers_configuration_has_the_published_numbers(sd21: RestorationMod
     assert counted["total"] == 965_866_283 + 351_662_080 + 7_178_817 + 14_714_688  # the text encoder is apart
 
 
+def test_a_prediction_holds_the_generator_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parameters", SD21, "--inference", "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert set(by_name(counted)) == {"U-Net", "U-Net LoRA", "VAE", "text embedding"}  # the text encoder is D's
+    assert counted["total"] == 965_866_283
+    assert counted["trainable"] == 16_301_696
+    assert counted["optimizers"] == counted["bytes"] == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [
+        ("f2idiff/configs/sr_f2i.yaml", 1_258_358_295),
+        ("rfsr/configs/seesr.yaml", 1_699_445_627 + 749_881_040),
+        ("dnf_sr/configs/kontext_sft.yaml", 12_170_645_411),
+        ("dnf_sr/configs/kontext_nf2t.yaml", 12_344_242_403),
+    ],
+)
+def test_so_do_the_others(config: str, total: int) -> None:
+    """Without F2IDiff's prior, RFSR's theta' and rewards, DNF-SR's discriminator; with RFSR's averages."""
+    assert summary(build([ROOT / "papers" / config], inference=True))["total"] == total
+
+
 def test_nothing_big_is_allocated(sd21: RestorationModule) -> None:
     real = sum(p.numel() for p in sd21.parameters() if p.device.type != "meta")
     assert real <= 14_714_688  # the loss networks at most

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 
+from common.metrics import to_uint8
 from launch import lightning_cli
 from launch.cli import main
 from launch.demo import Row
@@ -224,6 +226,26 @@ class TestDemo:
             assert one.shape == (scale * height, scale * width, 3)
             assert one.std() > 0
             assert np.array_equal(one, other)
+
+    def test_a_prediction_builds_nothing_that_only_training_needs_and_misses_none_of_it(
+        self, fits: Fits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if fits.config not in METHODS:
+            return
+        module = fits.whole.module
+        y, x = np.mgrid[:22, :19]
+        photo = np.stack([x * 7, y * 7, x + y], -1).astype(np.uint8)
+        (tmp_path / "in").mkdir()
+        Image.fromarray(photo).save(tmp_path / "in" / "a.png")
+        monkeypatch.setattr(type(module), "configure_training", lambda self: pytest.fail("built for a prediction"))
+        common = ["predict", "-c", fits.config, "--runs", fits.runs, "--trainer.enable_progress_bar=false"]
+        files = ["--ckpt_path", fits.whole.last, "--data.predict", tmp_path / "in", "--output", tmp_path / "out"]
+        lean = isr(*common, *files).module
+        assert not {name for name, _ in lean.named_children()} & set(module.training_only)
+        x_lq = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
+        with module.ema.swapped(module.all_trainable()) if module.ema is not None else nullcontext():
+            expected = to_uint8(module.upscale(x_lq, [""]).sr)[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a.png")), expected)
 
     def test_the_output_lies_in_0_to_1(self, fits: Fits) -> None:
         if fits.config not in METHODS:

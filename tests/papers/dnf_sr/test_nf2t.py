@@ -161,7 +161,7 @@ class TestStart:
     def test_stage_one_must_be_there_before_anything_is_loaded(
         self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(NF2T, "_configure_flow", lambda self: pytest.fail("loaded first"))
+        monkeypatch.setattr(module.FlowRestorer, "configure_networks", lambda self: pytest.fail("loaded first"))
         with pytest.raises(FileNotFoundError, match="train that stage first"):
             make(sft=str(tmp_path / "none"))
         with pytest.raises(ValueError, match="was trained with lora_alpha=4"):
@@ -492,8 +492,8 @@ class TestComparison:
         for one in batches:
             for noise in range(2):
                 for which, method in (("before", before), ("after", model)):
-                    method.noise_sample = noise
-                    x = method.upscale(one["lq"], ["a"]).sr
+                    told = method.prepare(one["lq"], ["a"])._replace(noise=noise)
+                    x = method.upscale(one["lq"], ["a"], told).sr
                     expected[which].append(-float((x - one["hq"]).square().mean()))
         with (tmp_path / "test" / "rewards.csv").open() as file:
             rows = {row["metric"]: row for row in csv.DictReader(file)}
@@ -568,18 +568,36 @@ class TestComparison:
         assert len(calls) == 2
         assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"a.png", "b.png", "metrics.csv"}
 
+    @pytest.mark.parametrize("when", ["built", "loaded"])
     def test_a_test_goes_without_a_reward_that_cannot_be_had_and_a_fit_does_not(
-        self, make: Make, batch: Batch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self,
+        make: Make,
+        batch: Batch,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        when: str,
     ) -> None:
-        def load(device: Any) -> None:
+        """LPIPS reads its weights when it is built, pyiqa's metrics when they are loaded."""
+        real, model = nf2t.build_reward, make()
+        model.rewards.clear()  # as where Lightning tests only
+
+        def build(name: str, **arguments: Any) -> Any:
+            if name == "colourfulness" and when == "built":
+                raise FileNotFoundError("no weights of it")
+            reward = real(name, **arguments)
+            if name == "colourfulness":
+                monkeypatch.setattr(type(reward), "load", load)
+            return reward
+
+        def load(self: Any, device: Any) -> None:
             raise MetricUnavailableError("no weights of it")
 
-        model = make()
-        model.rewards["colourfulness"].load = load  # type: ignore[assignment]  # as pyiqa's without weights
+        monkeypatch.setattr(nf2t, "build_reward", build)
         rows = self.compared(model, singles(batch), tmp_path)
         assert {tuple(row.before) for row in rows} == {("neg_mse", "psnr_y")}
         assert caplog.text.count("reward colourfulness is not computed: no weights of it") == 1
-        with pytest.raises(MetricUnavailableError, match="no weights of it"):
+        with pytest.raises((FileNotFoundError, MetricUnavailableError), match="no weights of it"):
             train(model, batch)
         assert int(model.train_step) == 0
 

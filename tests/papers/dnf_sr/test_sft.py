@@ -106,7 +106,7 @@ class TestStep:
         z_mix = 0.5 * z_l + 0.5 * eps
         with torch.no_grad():
             v = FluxDenoiser(transformer(flux))(z_mix, 0.5, text, z_l, 2.5)
-        model.test_noise = lambda x_lq, shape, sample: eps  # type: ignore[method-assign]  # given
+        model.test_noise = lambda x_lq, shape, number: eps  # type: ignore[method-assign]  # given
         with torch.no_grad():
             found = model.restore(x, model.prepare(x, batch["prompt"]))
         assert_close(found, image(flux, z_mix - 0.5 * v).clamp(-1, 1) / 2 + 0.5)
@@ -226,8 +226,8 @@ class TestNoiseOfATest:
         model = make(lambda_gan=0.0)
         one, other = (model.upscale(low(batch), batch["prompt"]).sr for _ in range(2))
         assert torch.equal(one, other)
-        model.noise_sample = 1
-        assert not torch.equal(one, model.upscale(low(batch), batch["prompt"]).sr)
+        told = model.prepare(low(batch), batch["prompt"])._replace(noise=1)
+        assert not torch.equal(one, model.upscale(low(batch), batch["prompt"], told).sr)
 
 
 class TestLosses:
