@@ -20,12 +20,15 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
+from torch.testing import assert_close
 
 from common.metrics import to_uint8
 from launch import lightning_cli
 from launch.cli import main
 from launch.demo import Row
 from launch.lightning_cli import IsrCLI, config_run_name
+
+from ..second_device import device, second_device
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = sorted(path.parent for path in (ROOT / "papers").glob("*/__init__.py"))
@@ -84,15 +87,15 @@ class Run:
         return Path(self.trainer.log_dir) / "checkpoints" / "last.ckpt"
 
 
-def isr(*arguments: object) -> Run:
-    """`isr` as the shell would run it, caught on the way."""
+def isr(*arguments: object, **trainer_arguments: Any) -> Run:
+    """`isr` as the shell would run it, caught on the way; with a Trainer's arguments that have no flag."""
     caught: list[IsrCLI] = []
     recorder = Recorder()
 
     class Caught(IsrCLI):
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             caught.append(self)
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs, **trainer_arguments)
             trainer.callbacks.append(recorder)
             return trainer
 
@@ -194,6 +197,22 @@ class TestDemo:
         """That the same seed is the same run, the resumed fit shows."""
         other = isr("fit", "-c", fits.config, "--runs", fits.runs, *SMALL, "--trainer.max_steps=1", "--data.seed=5")
         assert other.metrics != fits.half.metrics
+
+    def test_on_another_device_it_starts_draws_logs_and_restores_the_same(self, fits: Fits) -> None:
+        """As on a GPU: nothing is left behind, and neither weights nor noise come from another generator there."""
+        x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        with second_device() as arguments:
+            run = isr("fit", "-c", fits.config, "--runs", fits.runs, *SMALL, "--trainer.max_steps=1", **arguments)
+            if fits.config in METHODS:
+                sr = run.module.to(device()).upscale(x.to(device()), ["a photo"]).sr
+                assert sr.device == device()
+                expected = fits.half.module.upscale(x, ["a photo"]).sr
+                assert_close(sr.cpu(), expected, atol=0.02, rtol=0)  # a step is not quite the same
+        assert run.initial.keys() == fits.half.initial.keys()
+        for name, value in run.initial.items():
+            assert value.device == device()
+            assert torch.equal(value.cpu(), fits.half.initial[name]), name
+        assert run.metrics[0] == pytest.approx(fits.half.metrics[0], rel=1e-3, abs=1e-5)
 
     def test_the_checkpoint_holds_what_is_trained_and_no_frozen_weight(self, fits: Fits) -> None:
         checkpoint = torch.load(fits.whole.last, weights_only=True)
