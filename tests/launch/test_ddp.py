@@ -1,11 +1,14 @@
-"""Two processes on the CPU are one process with twice the batch, in training, test and prediction."""
+"""Two processes on the CPU are one process with twice the batch, in training and in test, for every paper."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
+import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,44 +20,136 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-DFOSD, ESTIMATOR, DM_SR = (
-    ROOT / "papers" / path for path in (
-        "dfosd/configs/demo/01_dfosd.yaml", "dm_sr/configs/demo/01_estimator.yaml", "dm_sr/configs/demo/02_dm_sr.yaml"
-    )
-)  # fmt: skip
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true", "--trainer.accelerator=cpu"]
 QUIET = ["--trainer.enable_progress_bar=false"]
+ALL = """
+import json, sys
+from launch.cli import main
+
+for command in json.loads(sys.argv[1]):
+    if main(command):
+        sys.exit(f"failed: {command}")
+"""
 
 
-def fit(demo: Path, runs: Path, batch_size: int) -> list[str]:
-    optimizers = ("optimizer",) if demo == ESTIMATOR else ("optimizer", "disc_optimizer")
-    return [
-        *("fit", "-c", str(demo), "--runs", str(runs), *QUIET),
-        f"--data.batch_size={batch_size}",
-        "--data.crop_size=32",
-        "--data.batches_per_epoch=3",
-        "--data.val_crops=3",
-        "--trainer.max_steps=3",
-        "--trainer.val_check_interval=3",
-        "--trainer.log_every_n_steps=1",
-        "--checkpoint.every_n_train_steps=3",
-        # Plain descent is linear in the gradient; Adam would blow rounding up where a gradient is next to nothing.
-        *(f"--model.{name}=torch.optim.SGD" for name in optimizers),
-        *(f"--model.{name}.init_args.lr=0.1" for name in optimizers),
-    ]
+@dataclass(frozen=True)
+class Case:
+    """A demo's row, and how it is fitted here."""
+
+    demo: str
+    optimizers: tuple[str, ...] = ("optimizer",)
+    options: tuple[str, ...] = ()
+    before: tuple[str, str] | None = None
+    """The case whose checkpoint this one needs, and the argument that names it."""
+    rel: float = 2e-3
+
+    def fit(self, runs: Path, batch_size: int, steps: int = 3) -> list[str]:
+        paper, row = self.demo.split("/")
+        (config,) = (ROOT / "papers" / paper / "configs/demo").glob(f"??_{row}.yaml")
+        stage = (
+            [f"--model.{self.before[1]}={checkpoint(runs.parent / 'before', self.before[0])}"] if self.before else []
+        )
+        return [
+            *("fit", "-c", str(config), "--runs", str(runs), *QUIET, *stage),
+            f"--data.batch_size={batch_size}",
+            "--data.crop_size=40",  # what DNF-SR's discriminator needs
+            f"--data.batches_per_epoch={steps}",
+            "--data.val_crops=3",
+            f"--trainer.max_steps={steps}",
+            f"--trainer.val_check_interval={steps}",
+            "--trainer.log_every_n_steps=1",
+            f"--checkpoint.every_n_train_steps={steps}",
+            # Plain descent is linear in the gradient; Adam would blow rounding up where a gradient is next to nothing.
+            *(f"--model.{name}=torch.optim.SGD" for name in self.optimizers),
+            *(f"--model.{name}.init_args.lr=0.1" for name in self.optimizers),
+            *self.options,
+        ]
 
 
-def in_two(*arguments: str) -> None:
-    command = [sys.executable, "-m", "launch.cli", *arguments, *TWO]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+NFT = ("--model.group_size=2", "--trainer.limit_val_batches=0")
+CASES = {
+    "dfosd": Case("dfosd/dfosd", ("optimizer", "disc_optimizer")),
+    "estimator": Case("dm_sr/estimator"),
+    "dm_sr": Case("dm_sr/dm_sr", ("optimizer", "disc_optimizer"), before=("estimator", "estimator")),
+    "sft": Case("dnf_sr/sft", ("optimizer", "disc_optimizer"), ("--trainer.limit_val_batches=0",), rel=5e-3),
+    "nf2t": Case("dnf_sr/nf2t", options=NFT, before=("sft", "sft"), rel=5e-3),
+    "nf2t, K updates": Case(
+        "dnf_sr/nf2t",
+        options=(*NFT, "--model.updates_per_rollout=K", "--model.eta_schedule=type1", "--name=k"),
+        before=("sft", "sft"),
+        rel=5e-3,
+    ),
+    "f2idiff_sr": Case("f2idiff/f2idiff_sr", ("optimizer", "reg_optimizer"), ("--trainer.limit_val_batches=0",)),
+    "rfsr": Case("rfsr/rfsr", options=("--trainer.limit_val_batches=0",)),
+}
+
+
+def version(runs: Path, case: str) -> Path:
+    """Folder of a case's run."""
+    paper, row = CASES[case].demo.split("/")
+    named = [option.partition("=")[2] for option in CASES[case].options if option.startswith("--name=")]
+    return runs / paper / (named[0] if named else f"demo-{row}") / "version_0"
+
+
+def checkpoint(runs: Path, case: str) -> Path:
+    return version(runs, case) / "checkpoints" / "last.ckpt"
+
+
+def in_two(commands: list[list[str]]) -> None:
+    """Run commands one after the other, each in both of two processes, as a cluster would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", ALL, json.dumps([[*one, *TWO] for one in commands])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**environment, "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=600)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the runs of `one` process and of `two`; those start once, since that takes longer than the fits."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in sorted({case.before[0] for case in CASES.values() if case.before}):
+        assert main(CASES[stage].fit(folder / "before", 4, steps=1)) == 0
+    for case in CASES.values():
+        assert main(case.fit(folder / "one", 4)) == 0
+    in_two([case.fit(folder / "two", 2) for case in CASES.values()])
+    return folder
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "epoch" and not tag.startswith("test/")]
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one_with_twice_the_batch(case: str, runs: Path) -> None:
+    one, two = (version(runs / name, case) for name in ("one", "two"))
+    assert (two / "run.json").is_file()
+    expected, got = curves(one), curves(two)
+    assert set(got) == set(expected)
+    for tag, values in expected.items():
+        assert got[tag] == pytest.approx(values, rel=CASES[case].rel, abs=1e-5), tag
+    states = [torch.load(checkpoint(runs / name, case), weights_only=True)["state_dict"] for name in ("one", "two")]
+    assert [int(state["train_step"]) for state in states] == [3, 3]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=CASES[case].rel, atol=1e-5)
 
 
 def rows(folder: Path) -> dict[tuple[str, ...], float]:
@@ -66,42 +161,28 @@ def rows(folder: Path) -> dict[tuple[str, ...], float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("demo", [DFOSD, ESTIMATOR, DM_SR], ids=lambda path: path.stem)
-def test_two_processes_are_one_with_twice_the_batch(demo: Path, tmp_path: Path) -> None:
-    before = []
-    if demo == DM_SR:  # it builds on stage 1
-        assert main([*fit(ESTIMATOR, tmp_path / "before", 4), "--trainer.max_steps=1"]) == 0
-        before = [f"--model.estimator={next((tmp_path / 'before').rglob('last.ckpt'))}"]
-    in_two(*fit(demo, tmp_path / "two", 2), *before)
-    assert main([*fit(demo, tmp_path / "one", 4), *before]) == 0
-    (two,), (one,) = ((tmp_path / name).glob("*/*/version_*") for name in ("two", "one"))
-    assert (two / "run.json").is_file()
-    expected, got = curves(one), curves(two)
-    assert set(got) == set(expected)
-    for tag, values in expected.items():
-        assert got[tag] == pytest.approx(values, rel=2e-3, abs=1e-5), tag
-    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, two)]
-    assert [int(state["state_dict"]["train_step"]) for state in states] == [3, 3]
-    for name, value in states[0]["state_dict"].items():
-        torch.testing.assert_close(states[1]["state_dict"][name], value, rtol=1e-3, atol=1e-6)
-    if demo == DFOSD:
-        a_test_scores_every_image_once(two, tmp_path)
-
-
-def a_test_scores_every_image_once(run: Path, tmp_path: Path) -> None:
-    # An odd number of images: the last is seen twice and counts once.
+def test_a_test_that_starts_its_second_process_itself_scores_every_image_once(runs: Path, tmp_path: Path) -> None:
+    """Of an odd number of images the last is seen twice and counts once."""
     rng = np.random.default_rng(0)
     for name, size in (("test_LR", 12), ("test_HR", 48)):
-        folder = tmp_path / "set" / name
-        folder.mkdir(parents=True)
+        (tmp_path / name).mkdir()
         for i in range(3):
-            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    common = ["test", "-c", str(DFOSD), f"--data.test={tmp_path / 'set'}", *QUIET, "--ckpt_path"]
-    in_two(*common, str(run / "checkpoints" / "last.ckpt"))
-    scores = rows(run)
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    folder, trained = version(runs / "two", "dfosd"), checkpoint(runs / "two", "dfosd")
+    command = ["test", "--data=data.SRData", f"--data.test={tmp_path}", *QUIET, "--ckpt_path", str(trained)]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *command, *TWO],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = rows(folder)
     assert {image for _, image, _ in scores} == {"0", "1", "2"}
-    (run / "test" / "metrics.csv").unlink()
-    assert main([*common, str(run / "checkpoints" / "last.ckpt")]) == 0
-    alone = rows(run)
+    (folder / "test" / "metrics.csv").unlink()
+    assert main([*command, "--trainer.accelerator=cpu"]) == 0
+    alone = rows(folder)
     assert scores.keys() == alone.keys()
     assert [scores[key] for key in alone] == pytest.approx(list(alone.values()), abs=1e-3)

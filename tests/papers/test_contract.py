@@ -378,20 +378,21 @@ class TestCard:
                     assert len(row) == len(columns), (published["table"], name)
                     assert all(value is None or isinstance(value, int | float) for value in row)
 
-    @pytest.mark.slow
-    def test_one_step_runs_from_the_shell(self, paper: Path, tmp_path: Path) -> None:
-        demo = next(demo for demo in DEMOS if paper in demo.parents)
-        command = [sys.executable, "-m", "launch.cli", "fit", "-c", str(demo), "--runs", str(tmp_path), *SMALL]
-        done = subprocess.run(
-            [*command, "--trainer.max_steps=1"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert len(list(tmp_path.glob(f"{paper.name}/*/version_0/checkpoints/last.ckpt"))) == 1
+
+@pytest.mark.slow
+def test_one_step_runs_from_the_shell(tmp_path: Path) -> None:
+    """The others run in this process, which is what the shell's does once it has started."""
+    command = [sys.executable, "-m", "launch.cli", "fit", "-c", str(DEMOS[0]), "--runs", str(tmp_path), *SMALL]
+    done = subprocess.run(
+        [*command, "--trainer.max_steps=1"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("*/*/version_0/checkpoints/last.ckpt"))) == 1
 
 
 def test_a_name_that_is_not_there_is_found_out() -> None:
