@@ -143,6 +143,16 @@ def trained_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
 
 
+def without(checkpoint: Mapping[str, Any], left_out: Callable[[str], bool]) -> dict[str, Any]:
+    """A checkpoint less the weights, and their averages (EMA), whose names are `left_out`."""
+    kept = dict(checkpoint)
+    kept["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if not left_out(name)}
+    if "ema" in checkpoint:
+        average = {name: value for name, value in checkpoint["ema"]["average"].items() if not left_out(name)}
+        kept["ema"] = {**checkpoint["ema"], "average": average}
+    return kept
+
+
 def load_trained_weights(
     module: nn.Module, path: str | Path, expected: set[str], left_out: Callable[[str], bool] = lambda _: False
 ) -> None:
@@ -158,9 +168,9 @@ def load_trained_weights(
         FileNotFoundError: There is no such file.
         ValueError: It does not fit.
     """
-    checkpoint = read_checkpoint(path)
-    state = {name: value for name, value in checkpoint["state_dict"].items() if not left_out(name)}
+    checkpoint = without(read_checkpoint(path), left_out)
+    state: Mapping[str, Tensor] = checkpoint["state_dict"]
     check_keys(expected, set(state), f"init_from={path}")
     check_shapes(module, state, f"init_from={path}")
-    weights = {name: value for name, value in trained_state(checkpoint).items() if "." in name and name in state}
+    weights = {name: value for name, value in trained_state(checkpoint).items() if "." in name}
     module.load_state_dict(weights, strict=False)

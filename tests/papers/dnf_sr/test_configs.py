@@ -14,24 +14,16 @@ import yaml
 from data import SRData
 from launch import caption
 from launch.comparison.measures import KNOWN
-from launch.lightning_cli import IsrCLI, run_name_of
+from launch.lightning_cli import run_name_of
 from launch.parameters import build
 from papers.dnf_sr.module import FlowRestorer
+
+from ...command_line import ParseOnly
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "papers/dnf_sr/configs"
 STAGES = ["kontext_sft.yaml", "kontext_nf2t.yaml"]
 TABLE_1 = ["psnr_y", "pyiqa:lpips", "pyiqa:clipiqa", "pyiqa:musiq", "pyiqa:maniqa-pipal", "pyiqa:qalign"]
-
-
-class ParseOnly(IsrCLI):
-    """The command line as far as its arguments are understood; nothing is built."""
-
-    def instantiate_classes(self) -> None:
-        return
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        return
 
 
 def card_commands() -> list[list[str]]:
