@@ -277,7 +277,7 @@ class TestDemo:
 
 class TestConfigs:
     @pytest.mark.parametrize("config", CONFIGS, ids=label)
-    def test_is_understood_alone_or_over_what_its_head_names(self, config: Path) -> None:
+    def test_is_understood_alone_or_over_what_its_head_names(self, config: Path, tmp_path: Path) -> None:
         """A file that has no model or no data of its own, or says `over X.yaml`, is an overlay."""
         text = config.read_text()
         tree = yaml.safe_load(text)
@@ -289,7 +289,9 @@ class TestConfigs:
             files = [below, config]
         elif not {"model", "data"} <= tree.keys():
             files = [next(demo for demo in DEMOS if paper in demo.parents), config]
-        parsed = ParseOnly(["fit", *(part for file in files for part in ("-c", str(file)))]).config["fit"]
+        stacked = [part for file in files for part in ("-c", str(file))]
+        # where no run is: one of `make demo` would take the place of the name that a setting gives it
+        parsed = ParseOnly(["fit", *stacked, "--runs", str(tmp_path)]).config["fit"]
         assert parsed.model.class_path.startswith(f"papers.{paper.name}")
         for section in ("model", "data"):
             given = tree.get(section, {}).get("init_args", {})
