@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 SLOW_FIRST := tests/launch tests/papers tests/common tests/data tests/test_*.py
 
-.PHONY: help setup demo test lint bench foundation
+.PHONY: help setup demo test test-long lint bench foundation
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.dev  ## make .venv with all that tests and metrics need
 
@@ -16,7 +16,10 @@ demo: .venv/.core  ## train and test every method on embedded photos, on a CPU, 
 	$(BIN)/isr demo
 
 test: lint  ## what CI runs: lint, types and all tests that need no GPU and no downloaded weights
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not weights" $(SLOW_FIRST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not weights and not long" $(SLOW_FIRST)
+
+test-long: .venv/.dev  ## run the tests that take minutes: every fault, every process count
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "long and not gpu and not weights" tests
 
 lint: .venv/.dev  ## style, format and types
 	$(BIN)/ruff check .
