@@ -237,8 +237,8 @@ def _test_set(data: Photos) -> dict[str, Any]:
 
 def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
     from common.checkpoints import read_checkpoint
-    from launch.lightning_cli import last_run
     from launch.lightning_cli import run as lightning
+    from launch.runs import last_run
 
     if not row.trains:
         return _test_as_it_is(row, runs)

@@ -13,8 +13,8 @@ import yaml
 from common.checkpoints import load_trained_weights, newest_checkpoint
 from common.training import TrainingModule
 from launch.errors import UsageError
-from launch.lightning_cli import stored_model
 from launch.parameters import parse
+from launch.runs import stored_model
 
 
 def run(command: str, argv: Sequence[str]) -> int:

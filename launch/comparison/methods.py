@@ -134,7 +134,7 @@ class Run(Method):
     @property
     def paper(self) -> str:
         """The paper's folder."""
-        from launch.lightning_cli import paper_of
+        from launch.runs import paper_of
 
         return paper_of(str(self.settings["class_path"]))
 
@@ -311,7 +311,7 @@ class Results(Method):
 
 def find_runs(folder: Path) -> dict[str, Path]:
     """Every run below a folder that has a checkpoint of a method which restores images: `<paper>/<name>` -> folder."""
-    from launch.lightning_cli import stored_model
+    from launch.runs import stored_model
 
     found = {}
     for run in sorted(folder.glob("*/*")):
@@ -336,7 +336,7 @@ def _checkpoint(path: Path) -> Path | None:
 
 
 def _settings(path: Path, checkpoint: Path | None) -> dict[str, Any]:
-    from launch.lightning_cli import stored_model
+    from launch.runs import stored_model
 
     if checkpoint is not None:
         settings = stored_model(checkpoint)

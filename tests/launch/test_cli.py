@@ -20,7 +20,8 @@ from launch import lightning_cli
 from launch.callbacks import RunInfo
 from launch.cli import main
 from launch.errors import plain
-from launch.lightning_cli import IsrCLI, SaveConfig, config_run_name, last_run, paper_of, run_folder_of, run_name_of
+from launch.lightning_cli import IsrCLI, SaveConfig
+from launch.runs import config_run_name, last_run, paper_of, run_folder_of, run_name_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "papers/dfosd/configs/demo/01_dfosd.yaml"

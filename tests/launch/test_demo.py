@@ -18,6 +18,7 @@ from launch.cli import main
 from launch.comparison import engine, measures
 from launch.comparison.efficiency import Cost
 from launch.errors import UsageError
+from launch.runs import config_run_name
 
 MODEL = "papers.dfosd.DFOSD"
 DATA = {"class_path": "data.Photos", "init_args": {"test_seeds": 1, "crop_size": 64}}
@@ -56,7 +57,7 @@ class Lightning:
     def __call__(self, command, args):
         self.calls.append((command, list(args)))
         config, runs = Path(args[args.index("-c") + 1]), Path(args[args.index("--runs") + 1])
-        name = lightning_cli.config_run_name(config)
+        name = config_run_name(config)
         if name in self.failing and command == self.failing[name][0]:
             raise self.failing[name][1]
         folder = runs / config.parents[2].name / name
@@ -114,7 +115,7 @@ def test_rows_are_found_by_paper_and_then_by_file_name(papers):
     rows = demo.find_rows(papers=papers)
     assert [row.label for row in rows] == ["a_sr/only", "b_sr/soon", "b_sr/late"]
     assert [row.run_name for row in rows] == ["demo-only", "demo-soon", "demo-late"]
-    assert [row.run_name for row in rows] == [lightning_cli.config_run_name(row.config) for row in rows]
+    assert [row.run_name for row in rows] == [config_run_name(row.config) for row in rows]
     assert [row.label for row in demo.find_rows(["late", "a_sr"], papers)] == ["a_sr/only", "b_sr/late"]
 
 

@@ -13,7 +13,7 @@ from common.checkpoints import read_checkpoint
 from common.restoration import Inference
 from launch.cli import main
 from launch.export import load
-from launch.lightning_cli import last_run
+from launch.runs import last_run
 from papers.rfsr import BaseSR, ControlNet
 
 FIT = ["--trainer.max_steps=2", "--checkpoint.every_n_train_steps=2", "--trainer.limit_val_batches=0"]

@@ -23,7 +23,8 @@ from common.metrics import to_uint8
 from launch import lightning_cli
 from launch.cli import main
 from launch.demo import Row
-from launch.lightning_cli import IsrCLI, config_run_name
+from launch.lightning_cli import IsrCLI
+from launch.runs import config_run_name
 
 from ..command_line import ParseOnly, run, shell_of_all
 from ..second_device import device, second_device

@@ -14,8 +14,8 @@ import yaml
 from data import SRData
 from launch import caption
 from launch.comparison.measures import KNOWN
-from launch.lightning_cli import run_name_of
 from launch.parameters import build
+from launch.runs import run_name_of
 from papers.dnf_sr.module import FlowRestorer
 
 from ...command_line import ParseOnly
