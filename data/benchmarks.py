@@ -48,7 +48,9 @@ def load_benchmark(
     name = os.path.basename(os.path.abspath(folder))
     lq_dir, hq_dir = folder / "test_LR", folder / "test_HR"
     if lq_dir.is_dir() and hq_dir.is_dir():
-        return Benchmark(name, Pairs(lq_dir, hq_dir, scale, prompts=prompts, on_error=on_error))
+        pairs = Pairs(lq_dir, hq_dir, scale, prompts=prompts, on_error=on_error)
+        pairs.sources, pairs.layout = [folder], "pairs in test_LR and test_HR"
+        return Benchmark(name, pairs)
     for present, absent in ((lq_dir, hq_dir), (hq_dir, lq_dir)):
         if present.is_dir():
             raise FileNotFoundError(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from data.inventory import Inventory
 from data.photos import PHOTOS, Photo, Split
 
 Pixels = NDArray[np.uint8]
@@ -130,6 +131,11 @@ class PhotoCrops(LightningDataModule):
         super().__init__()
         self.crop_size, self.val_crop_size, self.batch_size = crop_size, val_crop_size, batch_size
         self.steps, self.num_workers, self.seed, self.jitter = steps, num_workers, seed, jitter
+
+    def inventories(self, stage: str) -> list[Inventory]:
+        """What the sets of a stage hold."""
+        splits: tuple[Split, ...] = ("train", "val") if stage == "fit" else ("val",)
+        return [Inventory(split, "embedded photos", len(PHOTOS[split]), "photos to crop") for split in splits]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """One epoch of `steps` batches."""

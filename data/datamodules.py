@@ -27,6 +27,7 @@ from data.datasets import (
 )
 from data.degradations.config import DegradationConfig, preset
 from data.degradations.realesrgan import Degradation
+from data.inventory import Inventory
 from data.photos import CAPTIONS, PHOTOS, photo_paths
 from data.sampler import RankShare, StreamSampler
 
@@ -234,6 +235,12 @@ class SRData(LightningDataModule):
         self.dataset_names[split] = [name for name, _ in sets]
         self._sets[split] = [images for _, images in sets]
 
+    def inventories(self, stage: str) -> list[Inventory]:
+        """What the sets of a stage hold, known after `setup(stage)`."""
+        splits = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
+        sets: dict[str, list[Any]] = {"train": [self.train_images] if self.train_images is not None else []}
+        return [images.inventory(split) for split in splits for images in (sets | self._sets)[split]]
+
     def texts(self) -> list[str]:
         """The distinct prompts of the training and validation sets, known after `setup`."""
         sets: list[Any] = [self.train_images, *self._sets["val"]]
@@ -374,6 +381,14 @@ class Photos(SRData):
             rescales={photo.path.stem: photo.rescales for photo in photos},
             cache=True,
         )
+
+    def inventories(self, stage: str) -> list[Inventory]:
+        """As for SRData; embedded photos are called so."""
+        found = super().inventories(stage)
+        return [
+            replace(one, source="embedded photos") if one.argument == "train" and not self.train else one
+            for one in found
+        ]
 
     def _crops(self, split: str, seeds: int, most: int | None) -> DegradedCrops:
         photos = photo_paths("val") if split == "val" else photo_paths("test")

@@ -36,6 +36,7 @@ from data.images import (
     read_image,
     read_table,
 )
+from data.inventory import Inventory, unused_files
 from data.sampler import SampleKey
 
 Sample = dict[str, Any]
@@ -129,6 +130,12 @@ class Prompts:
         if not self._texts:
             raise ValueError(f"{argument}={source} holds no prompts; put one <name>.txt an image there")
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+        texts = [text for text in self._texts.values() if isinstance(text, Path)]
+        return texts or [Path(self.source).expanduser()]
+
     @staticmethod
     def _bare(name: str) -> str:
         return os.path.splitext(name)[0] if is_image(name) else name
@@ -162,6 +169,11 @@ GivenPrompts = Prompts | Mapping[str, str] | None
 
 class Texts:
     """The prompt of each image: its manifest's, else the one from `prompts`, else empty."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold prompts, besides a manifest."""
+        return self.prompts.files if isinstance(self.prompts, Prompts) else []
 
     def __init__(self, given: Sequence[str | None], names: Sequence[str], prompts: GivenPrompts) -> None:
         self.given, self.names, self.prompts = given, names, prompts
@@ -257,6 +269,7 @@ class HQImages(Dataset[Sample]):
         check_on_error(on_error)
         self.scale, self.crop_size, self.degradation, self.seed = scale, crop_size, degradation, seed
         self.on_error, self.flips, self.cache, self.argument = on_error, flips, cache, argument
+        self.source = source
         listed = list_entries(source, argument)
         self.paths = [entry.path for entry in listed]
         self.windows = [entry.window for entry in listed]
@@ -287,6 +300,20 @@ class HQImages(Dataset[Sample]):
     def skipped(self) -> list[Path]:
         """The unreadable files met so far by this process and its workers."""
         return [self._files[file] for file in torch.nonzero(self._unreadable).flatten().tolist()]
+
+    def inventory(self, argument: str) -> Inventory:
+        """What the source holds; unreadable files count as not used once they were met."""
+        reasons = {}
+        for path in self.skipped:
+            try:
+                self._photo(next(i for i, (place, _) in enumerate(self._items) if self.paths[place] == path))
+            except ImageError as error:
+                reasons[path] = str(error)
+        used = [path for path in self._files if path not in reasons]
+        windows = len(set(zip(self.paths, self.windows, strict=True))) if any(self.windows) else 0
+        layout = f"photos to degrade, {windows} windows" if windows else "photos to degrade"
+        unused = unused_files(self.source, [*used, *self.texts.files], reasons, "not used")
+        return Inventory(argument, _shown(self.source), len(used), layout, unused)
 
     def _photo(self, item: int) -> Pixels:
         place, factor = self._items[item]
@@ -353,6 +380,10 @@ class HQImages(Dataset[Sample]):
             "name": self.names[place],
             "index": position,
         }
+
+
+def _shown(source: Source) -> str:
+    return str(source) if isinstance(source, str | Path) else first_five(source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,6 +493,10 @@ class Pairs(Dataset[Sample]):
         prompts: Prompts of the LQ images; without it they are empty.
         on_error: What is done about unreadable, unmatched and ambiguous files: "raise", or "skip" and name them.
 
+    Attributes:
+        sources: The folders whose files `inventory` counts.
+        layout: How the inventory calls what they hold.
+
     Raises:
         FileNotFoundError: A folder or the csv does not exist.
         ValueError: Files do not pair up, or a pair's sizes do not fit the scale; the first five are named.
@@ -487,13 +522,16 @@ class Pairs(Dataset[Sample]):
         else:
             found, complaints = _pairs_of_csv(Path(csv).expanduser(), lq_root, hq_root)
         where = f"lq_dir={lq_dir}, hq_dir={hq_dir}"
+        self.sources: list[Path] = [lq_root, hq_root]
+        self.layout = f"pairs of {lq_dir} and {hq_dir}" if csv is None else f"pairs of {csv}"
         if complaints and on_error == "raise":
             raise ValueError(
                 f"{where}: {len(complaints)} files do not pair up: {first_five(complaints)}; rename them, give "
                 "csv=<table with columns lq,hq>, or set on_error=skip"
             )
-        found, broken = self._without_broken(found, scale, on_error)
-        complaints += broken
+        self._broken: dict[Path, str] = {}
+        found = self._without_broken(found, scale, on_error)
+        complaints += self._broken.values()
         if not found:
             raise ValueError(f"{where}: no pairs found; name LQ and HQ files alike, or give csv=<table>")
         if complaints:
@@ -507,13 +545,17 @@ class Pairs(Dataset[Sample]):
         self.pairs = [Pair(lq, hq, name, prompt) for (lq, hq, prompt), name in zip(found, names, strict=True)]
         self.texts = Texts([pair.prompt for pair in self.pairs], names, prompts)
 
-    @staticmethod
+    def inventory(self, argument: str) -> Inventory:
+        """What the folders hold; an image without a partner is not used."""
+        used = [path for pair in self.pairs for path in (pair.lq, pair.hq)]
+        unused = unused_files(self.sources, [*used, *self.texts.files], self._broken, "is in no pair")
+        return Inventory(argument, _shown(self.sources), len(self.pairs), self.layout, unused)
+
     def _without_broken(
-        found: list[tuple[Path, Path, str | None]], scale: int, on_error: OnError
-    ) -> tuple[list[tuple[Path, Path, str | None]], list[str]]:
+        self, found: list[tuple[Path, Path, str | None]], scale: int, on_error: OnError
+    ) -> list[tuple[Path, Path, str | None]]:
         """Check that every pair can be read and has the right sizes."""
         good: list[tuple[Path, Path, str | None]] = []
-        broken: list[str] = []
         same: list[str] = []
         wrong: list[str] = []
         for lq, hq, prompt in found:
@@ -524,7 +566,7 @@ class Pairs(Dataset[Sample]):
             except ImageError as error:
                 if on_error == "raise":
                     raise
-                broken.append(str(error))
+                self._broken[lq if str(error).startswith(f"cannot read image {lq}: ") else hq] = str(error)
                 continue
             if (hq_h, hq_w) == (lq_h * scale, lq_w * scale):
                 good.append((lq, hq, prompt))
@@ -542,7 +584,7 @@ class Pairs(Dataset[Sample]):
                 f"scale={scale} does not fit the sizes of {len(wrong)} of {len(found)} pairs: {first_five(wrong)}; "
                 "set scale to the set's factor, or crop HQ to scale times LQ"
             )
-        return good, broken
+        return good
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -598,7 +640,8 @@ class LQImages(Dataset[Sample]):
         twice = [path for path, times in Counter(path for path, _ in listed).items() if times > 1]
         if twice:
             raise ValueError(f"{argument}={source} lists {first_five(twice)} more than once; leave one each")
-        self.skipped: list[str] = []
+        self.source, self._broken = source, dict[Path, str]()
+        self.layout = "images without references" if root is None else "a folder of images without references"
         if on_error == "skip":
             listed = [entry for entry in listed if self._can_be_read(entry[0])]
             if self.skipped:
@@ -616,9 +659,19 @@ class LQImages(Dataset[Sample]):
         try:
             read_image(path)
         except ImageError as error:
-            self.skipped.append(str(error))
+            self._broken[path] = str(error)
             return False
         return True
+
+    @property
+    def skipped(self) -> list[str]:
+        """Why files were left out."""
+        return list(self._broken.values())
+
+    def inventory(self, argument: str) -> Inventory:
+        """What the source holds."""
+        unused = unused_files(self.source, [*self.paths, *self.texts.files], self._broken, "not used")
+        return Inventory(argument, _shown(self.source), len(self.paths), self.layout, unused)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -672,6 +725,7 @@ class DegradedCrops(Dataset[Sample]):
         if max_crops is not None and max_crops < 1:
             raise ValueError(f"max_crops={max_crops} leaves no crops; set max_crops >= 1 or null")
         self.crop_size, self.degradation, self.scale = crop_size, degradation, scale
+        self.source: Source | None = None if isinstance(paths, Mapping) else paths
         if isinstance(paths, Mapping):
             self.paths, self.names = list(paths.values()), list(paths)
             given: list[str | None] = [None] * len(self.paths)
@@ -680,7 +734,7 @@ class DegradedCrops(Dataset[Sample]):
             self.paths, given = list(listed), list(listed.values())
             self.names = unique_names(self.paths)
         self.texts = Texts(given, self.names, prompts)
-        self.skipped: list[str] = []
+        self._broken: dict[Path, str] = {}
         grid = [
             (photo, row, column, seed)
             for photo, path in enumerate(self.paths)
@@ -706,9 +760,23 @@ class DegradedCrops(Dataset[Sample]):
         except ImageError as error:
             if on_error == "raise":
                 raise
-            self.skipped.append(str(error))
+            self._broken[path] = str(error)
             return []
         return [(row, column) for row in range(height // self.crop_size) for column in range(width // self.crop_size)]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Why photos were left out."""
+        return list(self._broken.values())
+
+    def inventory(self, argument: str) -> Inventory:
+        """What the source holds: photos, cut to crops."""
+        used = [path for path in self.paths if path not in self._broken]
+        layout = f"photos cut to {len(self)} crops of {self.crop_size} px"
+        if self.source is None:
+            return Inventory(argument, "embedded photos", len(used), layout)
+        unused = unused_files(self.source, [*used, *self.texts.files], self._broken, "not used")
+        return Inventory(argument, _shown(self.source), len(used), layout, unused)
 
     def __len__(self) -> int:
         return len(self._grid_places)

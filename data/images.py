@@ -56,6 +56,11 @@ def is_image(path: str | Path) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a folder's entry is left out of listings: dot-files, and what macOS puts into archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def first_five(items: Iterable[object]) -> str:
     """The first five of them for an error message, and how many more there are."""
     listed = [str(item) for item in items]
@@ -189,8 +194,8 @@ def _walk(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        found += [Path(root, name) for name in files if is_image(name) and not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        found += [Path(root, name) for name in files if is_image(name) and not is_hidden(name)]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
