@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from common.files import distinct_names
 from data.benchmarks import load_benchmark
 from data.datasets import (
     DegradedCrops,
@@ -48,12 +49,14 @@ def _single_thread(_worker: int) -> None:
 
 
 def _distinct(sets: Sequence[NamedSet], sources: Sequence[str]) -> list[NamedSet]:
-    """Give sets of one name the name of the folder above as well."""
-    names = [name for name, _ in sets]
-    longer = [os.path.basename(os.path.dirname(os.path.abspath(source))) for source in sources]
-    named = [f"{above}_{name}" if names.count(name) > 1 else name for name, above in zip(names, longer, strict=True)]
-    if len(set(named)) < len(named):
-        raise ValueError(f"sets {', '.join(sources)} would share the names {', '.join(named)}; rename their folders")
+    """Give sets of one name names of their own.
+
+    Raises:
+        ValueError: One set is there twice.
+    """
+    if len({Path(source).expanduser().resolve() for source in sources}) < len(sources):
+        raise ValueError(f"sets {', '.join(sources)} would share the names of one that is there twice; leave one")
+    named = distinct_names([name for name, _ in sets], sources)
     return [(name, images) for name, (_, images) in zip(named, sets, strict=True)]
 
 

@@ -148,8 +148,21 @@ class Prompts:
         """Refuse to go on without a prompt for each of the names.
 
         Raises:
-            ValueError: Some have none; the first five are named.
+            ValueError: Some have none, or several images share one by the last part of their names; the first five are
+                named.
         """
+        last_parts: dict[str, set[str]] = {}
+        for name in map(self._bare, names):
+            if name not in self._texts:
+                last_parts.setdefault(name.rsplit("/", 1)[-1], set()).add(name)
+        shared = [
+            name for last, alike in last_parts.items() if last in self._texts and len(alike) > 1 for name in alike
+        ]
+        if shared:
+            raise ValueError(
+                f"{self.argument}={self.source} has one prompt for images of one name in different folders: "
+                f"{first_five(sorted(shared))}; name them with their folders there"
+            )
         missing = [name for name in names if self._find(name) is None]
         if missing:
             raise ValueError(

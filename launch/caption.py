@@ -8,6 +8,7 @@ batch is put on the disk, and the same command goes on.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -44,8 +45,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     device = _device(options.device)
     paths = [path for path, _ in list_images(options.source, "source")]
     captioner = Captioner(options.model, options.instruction, options.max_new_tokens).to(device)
-    settings = {"model": options.model, "instruction": options.instruction, "max_new_tokens": options.max_new_tokens}
-    journal = Journal(part, {**settings, "patch": options.patch, "stride": options.stride})
+    settings = {
+        "source": os.path.abspath(options.source),
+        "model": options.model,
+        "instruction": options.instruction,
+        "max_new_tokens": options.max_new_tokens,
+        "patch": options.patch,
+        "stride": options.stride,
+    }
+    journal = Journal(part, settings)
     try:
         print(f"reading the sizes of {len(paths)} images", file=sys.stderr)
         patches = Patches(paths, output.parent, options.patch, options.stride or 1)

@@ -8,7 +8,9 @@ weights are not here are named as not computed (isr metrics fetch gets them).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.errors import UsageError
@@ -28,7 +30,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from launch.comparison.measures import WEIGHTLESS
     from launch.comparison.methods import find_runs
 
-    runs = _named("runs", options.runs, _run_name)
+    runs = _named("runs", options.runs, optional=True)
     results, weights = _named("results", options.results), _named("weights", options.weights)
     if not runs and not results and not weights:
         runs = find_runs(Path("runs"))
@@ -135,28 +137,44 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _named(argument: str, texts: Sequence[str], default: Callable[[Path], str] | None = None) -> dict[str, Path]:
-    """`NAME=PATH` as a dict; where a name may be left out, `default` makes it from the path.
+def _named(argument: str, texts: Sequence[str], optional: bool = False) -> dict[str, Path]:
+    """`NAME=PATH` as a dict; where the name is optional, it comes from the path of a run.
 
     Raises:
         UsageError: A name is missing or there twice.
     """
-    found: dict[str, Path] = {}
+    given: list[tuple[str, str]] = []
     for text in texts:
         name, equals, path = text.partition("=")
-        if default is not None and (not equals or Path(text).exists()):
-            name, path = default(Path(text)), text
+        if optional and (not equals or Path(text).exists()):
+            name, path = "", text
         elif not equals or not name or not path:
             raise UsageError(f"{argument}={text} has no name; write {argument} NAME={path or name}")
+        given.append((name, path))
+    made = _run_names([Path(path).absolute() for name, path in given if not name])
+    found: dict[str, Path] = {}
+    for name, path in given:
+        name = name or made[Path(path).absolute()]
         if name in found:
             raise UsageError(f"{argument}: {name} is there twice; give one another name, NAME=PATH")
         found[name] = Path(path)
     return found
 
 
+def _run_names(runs: Sequence[Path]) -> dict[Path, str]:
+    """Names of runs by their absolute paths; alike names get the rest of the path: `dfosd/sd21 (version_0)`."""
+    names = {run: _run_name(run) for run in runs}
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            alike = [run for run in names if names[run] == name]
+            above = os.path.commonpath(alike)
+            names |= {run: f"{name} ({run.relative_to(above)})" for run in alike if str(run) != above}
+    return names
+
+
 def _run_name(path: Path) -> str:
     """`runs/dfosd/sd21`, a version of it or a checkpoint in that -> `dfosd/sd21`; else the last part of the path."""
-    folder = path.absolute()
+    folder = path
     if folder.suffix == ".ckpt":
         if folder.parent.name != "checkpoints":
             return folder.stem

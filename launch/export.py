@@ -21,12 +21,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Write the folder and return the exit code.
 
     Raises:
-        UsageError: The checkpoint does not say what it is of, or its method has nothing to take away.
+        UsageError: The checkpoint does not say what it is of, its method has nothing to take away, or the folder holds
+            files.
     """
     parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="checkpoint, or a run's folder, of which the newest is taken")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the networks")
     options = parser.parse_args(list(argv))
+    if Path(options.output).exists() and (not Path(options.output).is_dir() or any(Path(options.output).iterdir())):
+        raise UsageError(f"output={options.output} holds files already; delete it, or give another folder")
     path = newest_checkpoint(Path(options.run)) or Path(options.run)
     export: Any = getattr(load(path), "export", None)
     if export is None:

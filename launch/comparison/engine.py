@@ -18,7 +18,7 @@ from common.metrics import MetricProtocol, MetricUnavailableError
 from data.images import ImageError, read_image
 from launch.comparison import measures
 from launch.comparison.efficiency import Cost, measure
-from launch.comparison.inputs import ImageSet, Item, open_sets, slug
+from launch.comparison.inputs import ImageSet, Item, open_sets
 from launch.comparison.methods import Baseline, Method, Results, Run, Weights
 from launch.comparison.outputs import copy_figures, write_files
 from launch.comparison.pictures import Crop, NamedFigure, Pictures, largest_differences, spread
@@ -133,6 +133,10 @@ def compare(
 
     store = Store(output)
     work = _Work(store, methods, [item for image_set in sets for item in store.items(image_set)])
+    in_sets = Counter(item.name for item in work.items)
+    for method in methods:
+        if isinstance(method, Results):
+            method.shared = {name for name, count in in_sets.items() if count > 1}
     with Progress(disable=not progress) as bars:
         _restore(work, efficiency, chosen, bars)
         lacking = _measure(work, built, bars)
@@ -197,10 +201,10 @@ def _methods(
     methods += [Weights(name, path, device) for name, path in weights.items()]
     methods += [Results(name, path) for name, path in results.items()]
     methods += [Run(name, path, device, images.get(name)) for name, path in runs.items()]
-    folders = Counter(slug(method.name) for method in methods)
-    twice = [method.name for method in methods if folders[slug(method.name)] > 1]
+    count = Counter(method.name.casefold() for method in methods)
+    twice = [method.name for method in methods if count[method.name.casefold()] > 1]
     if twice:
-        raise UsageError(f"two methods are called {twice[0]} (or nearly so); give one another name: NAME=PATH")
+        raise UsageError(f"two methods are called {' and '.join(twice[:2])}; give one another name: NAME=PATH")
     return methods
 
 

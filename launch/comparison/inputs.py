@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from common.files import distinct_names
 from data.benchmarks import load_benchmark
 from data.datamodules import Photos
 from launch.errors import UsageError
@@ -72,13 +72,10 @@ def open_sets(
 
     Raises:
         FileNotFoundError: A folder or configuration is not there.
-        UsageError: A configuration has no data section, or two sets have one name.
+        UsageError: A configuration has no data section, or one folder is there twice.
         ValueError: A set's files do not pair up, cannot be read, or do not fit the scale.
     """
-    sets = []
-    for folder in pairs:
-        benchmark = load_benchmark(folder, scale, argument="pairs")
-        sets.append(ImageSet(benchmark.name, benchmark.images, scale))
+    sets = _benchmarks(pairs, scale)
     modules = [data] if isinstance(data, LightningDataModule) else [_data_module(path) for path in data]
     if not sets and not modules:
         modules = [Photos()]
@@ -88,11 +85,21 @@ def open_sets(
         names = getattr(module, "dataset_names", {}).get("test") or [f"test{i}" for i in range(len(loaders))]
         for name, loader in zip(names, loaders, strict=True):
             sets.append(ImageSet(str(name), loader.dataset, getattr(module, "scale", scale)))
-    given = [test_set.name for test_set in sets]
-    twice = sorted({name for name in given if given.count(name) > 1})
-    if twice:
-        raise UsageError(f"pairs, data: two test sets are called {twice[0]}; rename the folder of one")
-    return sets
+    names = distinct_names([test_set.name for test_set in sets])
+    return [replace(test_set, name=name) for test_set, name in zip(sets, names, strict=True)]
+
+
+def _benchmarks(folders: Sequence[Path], scale: int) -> list[ImageSet]:
+    """The sets of folders, by their folders' names.
+
+    Raises:
+        UsageError: One folder is there twice.
+    """
+    if len({folder.expanduser().resolve() for folder in folders}) < len(folders):
+        raise UsageError(f"pairs={', '.join(map(str, folders))} names one folder twice; leave one")
+    benchmarks = [load_benchmark(folder, scale, argument="pairs") for folder in folders]
+    names = distinct_names([benchmark.name for benchmark in benchmarks], folders)
+    return [ImageSet(name, benchmark.images, scale) for name, benchmark in zip(names, benchmarks, strict=True)]
 
 
 def _data_module(path: Path) -> LightningDataModule:
@@ -105,8 +112,3 @@ def _data_module(path: Path) -> LightningDataModule:
     parser.add_subclass_arguments(LightningDataModule, "data")
     module: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": section})).data
     return module
-
-
-def slug(name: str) -> str:
-    """A name as a folder."""
-    return name.replace("/", "-").replace(os.sep, "-").replace(" ", "_")

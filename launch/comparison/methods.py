@@ -258,6 +258,9 @@ class Results(Method):
         name: As tables call it.
         folder: The images; those of a test set may lie in a folder of its name.
 
+    Attributes:
+        shared: Names of images that several test sets have; their results must lie in folders of the sets' names.
+
     Raises:
         FileNotFoundError: There is no such folder.
         ValueError: There is no image in it.
@@ -274,11 +277,17 @@ class Results(Method):
         self.files: dict[str, list[Path]] = {}
         for path, _ in list_images(folder, f"results: {name}"):
             self.files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+        self.shared: set[str] = set()
         self._read: dict[Path, str] = {}
 
     def _file(self, item: Item) -> Path:
-        in_set = f"{item.dataset}/{item.name}"
-        found = self.files.get(in_set) or self.files.get(item.name) or []
+        found = self.files.get(f"{item.dataset}/{item.name}") or []
+        if not found and item.name in self.shared:
+            raise ImageError(
+                f"missing: no file {item.dataset}/{item.name}.* under {self.folder}; several test sets have an image "
+                f"{item.name}, so put the results of each set into a folder of its name"
+            )
+        found = found or self.files.get(item.name) or []
         if not found:
             raise ImageError(f"missing: no file {item.name}.* under {self.folder}")
         if len(found) > 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import replacing
+from common.files import distinct_names, folder_name, replacing
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -50,3 +50,18 @@ def test_only_a_shared_target_has_a_temporary_of_each_process(tmp_path: Path, mo
                 temporary.touch()
                 names.append(temporary.name)
     assert names == [".a.txt.1.tmp", ".a.txt.tmp", ".a.txt.2.tmp", ".a.txt.tmp"]
+
+
+def test_names_share_no_folder() -> None:
+    names = ["my set", "my_set", "a/b", "a-b", "a_b", "..", "__", ".a", "_a", "Set5"]
+    folders = [folder_name(name) for name in names]
+    assert len(set(folders)) == len(names)
+    assert all("/" not in folder and not folder.startswith(".") for folder in folders)
+    assert folder_name("Set5_x4.v1-b") == "Set5_x4.v1-b"
+
+
+def test_alike_names_get_the_folder_above_then_a_number_and_others_stay() -> None:
+    assert distinct_names(["A", "B"], ["x/A", "x/B"]) == ["A", "B"]
+    assert distinct_names(["A", "A", "B"], ["x/A", "y/A", "y/B"]) == ["x_A", "y_A", "B"]
+    assert distinct_names(["A", "A", "a"], ["x/A.txt", "x/A", "x/a"]) == ["x_A", "x_A-2", "x_a-3"]
+    assert distinct_names(["my set", "my_set", "my_set-2", "my set"]) == ["my set", "my_set-3", "my_set-2", "my set-4"]

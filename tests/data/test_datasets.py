@@ -215,6 +215,14 @@ class TestPrompts:
         with pytest.raises(KeyError):
             prompts["b"]
 
+    def test_a_prompt_by_the_last_part_of_a_name_is_of_one_image_only(self, tmp_path: Path) -> None:
+        (tmp_path / "p.csv").write_text("name,prompt\ns1/a,one\na,two\n")
+        prompts = Prompts(tmp_path / "p.csv")
+        prompts.require(["s1/a.png", "s2/a.png"])
+        assert (prompts["s1/a"], prompts["s2/a"]) == ("one", "two")
+        with pytest.raises(ValueError, match=r"one prompt for images of one name .*: s2/a, s3/a; name them with"):
+            prompts.require(["s1/a", "s2/a", "s3/a"])
+
     def test_missing_prompts_are_named(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("x")
         with pytest.raises(ValueError, match=r"prompts=.* has no prompt for 6 of 7 images: b0, b1, b2, b3, b4 and 1"):

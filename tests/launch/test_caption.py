@@ -301,6 +301,18 @@ class TestRefusals:
         assert caption(photos, tmp_path / "c.csv", "--patch", "16", "--batch-size", "5") == 0  # no matter to captions
         assert len(stub.seen) == 10
 
+    def test_another_source_leaves_the_captions_of_an_unfinished_one(
+        self, photos: Path, tmp_path: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stub.fail_at = 3
+        caption(photos, tmp_path / "c.csv")
+        before = (tmp_path / "c.csv.part").read_bytes()
+        assert caption(photos / "b.png", tmp_path / "c.csv") == 1
+        assert f"source={photos}/b.png, but {tmp_path}/c.csv.part was begun with source={photos};" in (
+            capsys.readouterr().err
+        )
+        assert (tmp_path / "c.csv.part").read_bytes() == before
+
     def test_other_settings_may_begin_where_nothing_was_captioned(
         self, photos: Path, tmp_path: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str]
     ) -> None:

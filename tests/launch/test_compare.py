@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from common.figures import predicted_against_target, save_figure
+from common.files import folder_name
 from common.metrics import MetricUnavailableError
 from data.images import Pixels, read_image
 from launch.cli import main
@@ -412,6 +413,50 @@ def test_fid_stands_with_its_n_and_is_not_computed_twice(
     assert "12.50 (n=2)" in made.markdown.read_text()
 
 
+def test_sets_and_methods_whose_names_are_nearly_the_same_keep_their_own_images(tmp_path: Path) -> None:
+    """Each set's pixels are checked against a mean square error that numpy computes from the files."""
+    folders = [tmp_path / "a/my set", tmp_path / "a/my_set", tmp_path / "b/My set"]
+    results = {"my net": tmp_path / "net 1", "my_net": tmp_path / "net 2"}
+    expected: dict[tuple[str, int], float] = {}
+    for number, folder in enumerate(folders):
+        hq = photo(number)
+        save(folder / "test_HR/cat.png", hq)
+        save(folder / "test_LR/cat.png", hq[::4, ::4])
+        for shift, (method, images) in enumerate(results.items(), 1):
+            made = np.roll(hq, shift, axis=1)
+            save(images / ("a_my set", "a_my_set", "b_My set")[number] / "cat.png", made)
+            x, y = luma(made), luma(hq)
+            expected[method, number] = 10 * np.log10(255**2 / np.mean((x - y) ** 2))
+    quick = {**QUICK, "metrics": ["psnr"]}
+    for _ in range(2):  # kept results are as right as new ones
+        data = compare(pairs=folders, results=results, output=tmp_path / "out", **quick).data
+        names = [dataset["name"] for dataset in data["datasets"]]
+        assert names == ["a_my set", "a_my_set-2", "b_My set"]
+        found = data["values"]
+        for number in (0, 2):
+            for method in results:
+                assert found[names[number]][method]["psnr_y"]["cat"] == pytest.approx(
+                    expected[method, number], abs=1e-4
+                )
+    (tmp_path / "net 1/a_my_set").rename(tmp_path / "net 1/a_my_set-2")
+    data = compare(pairs=folders, results=results, output=tmp_path / "out", **quick).data
+    assert data["values"]["a_my_set-2"]["my net"]["psnr_y"]["cat"] == pytest.approx(expected["my net", 1], abs=1e-4)
+    (failure,) = data["methods"][2]["failures"]
+    assert failure["reason"].startswith("missing: no file a_my_set-2/cat.* under")
+
+
+def test_flat_results_are_of_no_set_where_two_have_an_image_of_that_name(foreign: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / name / "test_HR/cat.png", photo(3))
+        save(tmp_path / name / "test_LR/cat.png", photo(3)[::4, ::4])
+    data = compare(
+        results={"GAN": foreign}, pairs=[tmp_path / "a", tmp_path / "b"], output=tmp_path / "out", **QUICK
+    ).data
+    reasons = [failure["reason"] for failure in data["methods"][1]["failures"]]
+    assert len(reasons) == 2
+    assert all("put the results of each set into a folder of its name" in reason for reason in reasons)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -685,7 +730,7 @@ def test_a_run_is_compared_by_what_isr_predict_makes_of_it(
     assert main(["compare", "--runs", str(run), f"alone={checkpoint}", *again]) == 0
     for name in NAMES:
         expected = read_image(predicted / f"{name}.png")
-        for method in ("dfosd-demo-dfosd", "alone"):
+        for method in (folder_name("dfosd/demo-dfosd"), "alone"):
             np.testing.assert_array_equal(read_image(output / f"cache/methods/{method}/shots/{name}.png"), expected)
     assert f"isr: report: {output / 'report.html'}" in capsys.readouterr().out
     cost = {row["method"]: row for row in rows(output / "efficiency.csv")}["dfosd/demo-dfosd"]
@@ -802,6 +847,23 @@ class TestCommand:
         assert "results=folder has no name; write results NAME=folder" in capsys.readouterr().err
         assert main(["compare", "--runs", "a=b", "a=c"]) == 2
         assert "runs: a is there twice" in capsys.readouterr().err
+        assert main(["compare", "--runs", "runs/dfosd/x", "runs/dfosd/x"]) == 2
+        assert "runs: dfosd/x is there twice" in capsys.readouterr().err
+
+    def test_runs_of_one_name_get_what_tells_their_paths_apart(self, call: Callable[..., dict[str, Any]]) -> None:
+        inside = "x/dfosd/sd21/version_1/checkpoints"
+        paths = [f"{inside}/last.ckpt", f"{inside}/epoch=3.ckpt", "y/dfosd/sd21", "x/rfsr/sd21"]
+        Path(inside).mkdir(parents=True)
+        Path(paths[1]).touch()
+        assert call("--runs", *paths)["runs"] == {
+            "dfosd/sd21 (x/dfosd/sd21/version_1/checkpoints/last.ckpt)": Path(paths[0]),
+            "dfosd/sd21 (x/dfosd/sd21/version_1/checkpoints/epoch=3.ckpt)": Path(paths[1]),
+            "dfosd/sd21 (y/dfosd/sd21)": Path(paths[2]),
+            "rfsr/sd21": Path(paths[3]),
+        }
+        assert list(call("--runs", "x/a/b/version_0", "x/a/b/version_1", "c=x/a/b")["runs"]) == [
+            *("a/b (version_0)", "a/b (version_1)", "c")
+        ]
 
 
 def test_a_metric_without_weights_here_is_refused_before_pyiqa_is_imported(
