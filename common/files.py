@@ -1,14 +1,123 @@
-"""Files that hold everything or what they held before, and names that no two inputs share."""
+"""Whole files or what was before, folders of one process, names that stay in their folder and share none."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import logging
 import os
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+_held: set[int] = set()  # descriptors of this process's locks
+
+
+class InUseError(OSError):
+    """Another process writes into a folder."""
+
+
+def inside(folder: str | Path, name: str | Path) -> Path:
+    """Path of a file or folder by a name from elsewhere: a list, a table, a checkpoint, a file that was found.
+
+    Args:
+        folder: Where the file belongs.
+        name: Its name, perhaps with sub-folders.
+
+    Raises:
+        ValueError: The name is empty or leads out of the folder: absolute, with `..`, with a drive, through a link.
+    """
+    folder, text = Path(folder), str(name)
+    windows = PureWindowsPath(text)
+    absolute = Path(text).is_absolute() or windows.is_absolute()
+    if not Path(text).parts or "\0" in text or ".." in {*Path(text).parts, *windows.parts} or absolute:
+        raise ValueError(f"name={text!r} is no name of a file inside {folder}; rename it")
+    path = folder / text
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} leads out of {folder} by a link; remove the link, or give another folder")
+    return path
+
+
+def csv_text(text: str) -> str:
+    """A text as a cell that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Within this context no other process that asks for the same folder gets it.
+
+    The system lets go when this process dies, however it dies.
+
+    Args:
+        folder: The folder; made where missing.
+
+    Raises:
+        InUseError: Another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _LOCK
+    descriptor = _locked(path)
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _held:  # not so in a forked process
+            path.unlink(missing_ok=True)  # before the lock ends: who opened it in between finds that it is gone
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """An open lock file that is locked and names its holder."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            if _lock(descriptor, path.parent):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            if _same_file(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder has removed it
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Lock a file; False, with a warning, where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+        raise InUseError(f"{folder} is in use by {holder}; wait for it, end it, or give another folder") from None
+    except OSError as error:
+        log.warning("%s: this file system has no locks (%s); start no second process on it", folder, error.strerror)
+        return False
+    return True
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _let_go() -> None:
+    """A forked process, such as a data worker, must not keep a lock that outlives its parent."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -30,6 +139,7 @@ def replacing(path: str | Path, shared: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # were it a link, writing would follow it
         try:
             yield temporary
             os.replace(temporary, path)

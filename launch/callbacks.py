@@ -7,13 +7,21 @@ import json
 import platform
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 
 from common.checkpoints import load_trained_weights
+from common.files import held
 from common.training import TrainingModule
+from launch import signals
 
 _PACKAGES = (
     "torch",
@@ -25,6 +33,118 @@ _PACKAGES = (
     "opencv-python-headless",
     "numpy",
 )
+
+
+class HoldFolder(Callback):
+    """Keeps other processes out of the run's folder while a fit writes there; out of `test` or `predict` in it else."""
+
+    def __init__(self) -> None:
+        self._holding = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the folder before anything is written; the first process does, for all of its run.
+
+        Raises:
+            InUseError: Another process has it.
+        """
+        log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
+        foreign = stage == "predict" and getattr(pl_module, "results_dir", None) is not None
+        if trainer.is_global_zero and log_dir and trainer.loggers and stage != "validate" and not foreign:
+            self._holding.enter_context(held(Path(log_dir) if stage == "fit" else Path(log_dir, stage)))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go."""
+        self._holding.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go."""
+        self._holding.close()
+
+
+class EndOnSignal(Callback):
+    """Lets a fit that gets a signal finish its step, writes `last.ckpt` and ends; ends other commands at once.
+
+    Validation within a fit ends at once too: the weights are the averages then, which are no checkpoint's.
+    """
+
+    def __init__(self) -> None:
+        self._ending: int | None = None  # the signal that all processes know of
+        self._saved: int | None = None  # the same, once last.ckpt is written
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let all processes agree on the step, in the place of Lightning's own exchange, which only asks the first."""
+        if stage == "fit" and trainer.world_size > 1:
+            loop = trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = partial(self._agree, trainer)  # type: ignore[method-assign]
+
+    def _agree(self, trainer: Trainer) -> None:
+        number = torch.tensor(signals.received() or 0, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        self._ending = self._ending or int(number) or None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a signal waits for the step."""
+        signals.install()  # Lightning has put its own handler of SIGTERM in their place
+        signals.hold_back(True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write `last.ckpt` where a signal has come and the step is an update of the weights."""
+        number = self._ending if trainer.world_size > 1 else signals.received()
+        if number is None or self._saved is not None:
+            return
+        if isinstance(pl_module, TrainingModule) and int(pl_module.train_step) % pl_module.accumulate:
+            return
+        self._saved = number
+        writers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        if writers:
+            path = Path(str(writers[0].dirpath), "last.ckpt")
+            trainer.save_checkpoint(path, weights_only=False)
+            if trainer.is_global_zero:
+                print(f"isr: {path} is of step {trainer.global_step}; go on with --ckpt_path {path}", file=sys.stderr)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """End here, where the last step's numbers have been logged.
+
+        Raises:
+            Stopped: A signal has come.
+        """
+        if self._saved is not None:
+            raise signals.Stopped(self._saved)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A signal ends validation at once.
+
+        Raises:
+            Stopped: A signal has come.
+        """
+        signals.install()
+        signals.hold_back(False)
+        if self._saved is not None:
+            raise signals.Stopped(self._saved)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The fit goes on, if it is one."""
+        signals.hold_back(trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A signal ends a test or a prediction at once."""
+        signals.install()
+
+    on_predict_start = on_test_start
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """There is no step to wait for any more."""
+        signals.hold_back(False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the processes that this one has started: they would wait for it."""
+        signals.hold_back(False)
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, signals.Stopped) and isinstance(launcher, _SubprocessScriptLauncher):
+            for process in launcher.procs:
+                process.terminate()
 
 
 class RunInfo(Callback):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from launch.errors import UsageError, report
+from launch.signals import Stopped, ending_on_signals, received
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("launch.lightning_cli", "train a method: isr fit -c CONFIG [-c OVERLAY ...] [--model.ARG=VALUE ...]"),
@@ -40,6 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return 0
+    # a file that somebody gave is read as tensors, whatever the library that reads it asks for
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        with ending_on_signals():
+            code = _run(arguments, debug)
+            if (number := received()) is not None:  # and a library took the exception for its own
+                raise Stopped(number)
+            return code
+    except Stopped as stop:
+        print(f"isr: ended by {stop}; what was finished before is kept", file=sys.stderr)
+        return stop.exit_code
+
+
+def _run(arguments: Sequence[str], debug: bool) -> int:
     command, *rest = arguments
     try:
         if command not in COMMANDS:

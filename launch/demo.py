@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.files import held
 from launch.errors import UsageError
+from launch.signals import Stopped
 
 if TYPE_CHECKING:
     from data.datamodules import Photos
@@ -138,30 +140,60 @@ def run(command: str, argv: list[str]) -> int:
         0; 1 where a row failed. The report is written in both cases.
 
     Raises:
+        InUseError: Another demo is under way in the same folder of runs.
+        Stopped: A signal ends it; rows that are done are kept.
         UsageError: The arguments select nothing.
     """
     options = _parser(command).parse_args(argv)
     rows, runs = find_rows(options.only), Path(options.runs)
+    with held(runs / "demo"):
+        return _run(rows, runs, options.max_steps)
+
+
+def _run(rows: Sequence[Row], runs: Path, max_steps: int | None) -> int:
     start = time.perf_counter()
     importlib.import_module("launch.lightning_cli")  # some seconds, which are not the first row's
     data, failed_early = _open_data(rows)
     setup_seconds = time.perf_counter() - start
     print(f"demo: {len(rows)} row{'s' if len(rows) > 1 else ''}, set-up {setup_seconds:.0f} s", flush=True)
-    outcomes = []
-    for number, row in enumerate(rows, 1):
-        print(f"demo: row {number} of {len(rows)}: {row.label}", flush=True)
-        outcome = failed_early.get(row.label) or _fit_and_test(row, runs, options.max_steps)
-        outcomes.append(outcome)
-        print(f"demo: row {row.label} {outcome.said()}", flush=True)
-    failed = [outcome for outcome in outcomes if outcome.failure]
+    outcomes: list[Outcome] = []
+    try:
+        for number, row in enumerate(rows, 1):
+            print(f"demo: row {number} of {len(rows)}: {row.label}", flush=True)
+            outcome = failed_early.get(row.label) or _fit_and_test(row, runs, max_steps)
+            outcomes.append(outcome)
+            print(f"demo: row {row.label} {outcome.said()}", flush=True)
+    except Stopped:
+        _say_what_is_kept(rows, outcomes, runs)
+        raise
     if data is None:
         print("demo: no row's data can be had, so there is no report")
         return 1
+    return _report(rows, outcomes, data, runs, max_steps, setup_seconds)
 
+
+def _say_what_is_kept(rows: Sequence[Row], outcomes: Sequence[Outcome], runs: Path) -> None:
+    """A line about a demo that a signal ends."""
+    done = [outcome.row.label for outcome in outcomes if not outcome.failure]
+    last = rows[min(len(outcomes), len(rows) - 1)].label
+    kept = f"{len(done)} of {len(rows)} rows are done and kept under {runs}: {', '.join(done) or 'none'}"
+    print(f"demo: ended in row {last}, without a report; {kept}", flush=True)
+
+
+def _report(
+    rows: Sequence[Row],
+    outcomes: Sequence[Outcome],
+    data: Photos,
+    runs: Path,
+    max_steps: int | None,
+    setup_seconds: float,
+) -> int:
+    """Write the report and say where it is and what it took."""
     from launch.comparison.outputs import means_table
 
+    failed = [outcome for outcome in outcomes if outcome.failure]
     start = time.perf_counter()
-    made = _write_report(data, outcomes, runs, options.max_steps)
+    made = _write_report(data, outcomes, runs, max_steps)
     report_seconds = time.perf_counter() - start
     for dataset in made.data["datasets"]:
         print(f"\n{means_table(made.data, dataset)}\n")

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from common.checkpoints import load_trained_weights, newest_checkpoint
+from common.files import held
 from common.training import TrainingModule
 from launch.errors import UsageError
 from launch.parameters import parse
@@ -34,7 +35,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     export: Any = getattr(load(path), "export", None)
     if export is None:
         raise UsageError(f"{path}: its method has nothing to export; what it trains is in the checkpoint")
-    export(options.output)
+    with held(options.output):
+        export(options.output)
     print(f"written: {', '.join(sorted(str(folder) for folder in Path(options.output).iterdir()))}")
     return 0
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import common.foundation
 import papers
+from common.files import held
 
 CONFIGS = Path(common.foundation.__file__).parent / "configs"
 PAPERS = Path(papers.__file__).parent
@@ -50,11 +51,12 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="steps of each stage, for a quick try (default: the recipes')")
     options = parser.parse_args(list(argv))
     output = Path(options.output)
-    for stage in STAGES:
-        if not (output / "stages" / stage.name).is_dir():
-            _fit(stage, output / "stages", options.steps)
-    for name in ("unet", "unet_features", "flow", "controlnet"):
-        shutil.copytree(output / "stages" / name, output, dirs_exist_ok=True)
+    with held(output):
+        for stage in STAGES:
+            if not (output / "stages" / stage.name).is_dir():
+                _fit(stage, output / "stages", options.steps)
+        for name in ("unet", "unet_features", "flow", "controlnet"):
+            shutil.copytree(output / "stages" / name, output, dirs_exist_ok=True)
     print(f"foundation written to {output}; to embed it, copy its folders to common/foundation/weights")
     return 0
 

@@ -26,9 +26,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from common.checkpoints import newest_checkpoint, read_checkpoint
-from launch.callbacks import InitFrom, RunInfo
+from common.files import inside
+from launch import signals
+from launch.callbacks import EndOnSignal, HoldFolder, InitFrom, RunInfo
 from launch.errors import UsageError, plain
 from launch.runs import paper_of, run_folder_of, run_name_of, stored_model
 
@@ -59,6 +62,20 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class RunLogger(TensorBoardLogger):
+    """TensorBoard in a version of the run that no other process takes, however many start at once."""
+
+    def _get_next_version(self) -> int:
+        number: int = super()._get_next_version()
+        while getattr(rank_zero_only, "rank", 0) == 0:  # the other ranks of a fit get its folder from the first
+            try:
+                Path(self.root_dir, f"version_{number}").mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+        return number
+
+
 class IsrCLI(LightningCLI):
     """See the file's head."""
 
@@ -77,7 +94,7 @@ class IsrCLI(LightningCLI):
             trainer_defaults={
                 "use_distributed_sampler": False,  # the data modules share samples out themselves, without repeats
                 "num_sanity_val_steps": 0,
-                "callbacks": [RunInfo(), LearningRateMonitor(logging_interval="step")],
+                "callbacks": [HoldFolder(), EndOnSignal(), RunInfo(), LearningRateMonitor(logging_interval="step")],
             },
             args=args,
         )
@@ -184,7 +201,9 @@ class IsrCLI(LightningCLI):
         if run is None or config.name:
             files = [Path(str(file)) for file in config.get("config") or []]
             name = f"{paper_of(config.model.class_path)}/{config.name or run_name_of(files)}"
-            return TensorBoardLogger(Path(config.runs).absolute(), name, default_hp_metric=False)
+            runs = Path(config.runs).absolute()
+            inside(runs, name)
+            return RunLogger(runs, name, default_hp_metric=False)
         resumed: dict[str, Any] = {}
         if self.subcommand == "fit":  # curves go on where the checkpoint stands, not where the process died
             checkpoint = read_checkpoint(config.ckpt_path)  # which logs its next step under the number of those done
@@ -198,12 +217,15 @@ def run(command: str, args: Sequence[str]) -> int:
 
     Raises:
         UsageError: The arguments or a config cannot be understood.
+        Stopped: A signal ends the command.
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
-    cli = IsrCLI([command, *args])
-    return 143 if cli.trainer.interrupted else 0  # Lightning ends quietly on SIGTERM
+    IsrCLI([command, *args])
+    if (number := signals.received()) is not None:  # after the last step, so that nothing waited for it
+        raise signals.Stopped(number)
+    return 0
 
 
 def _no_advertising(record: logging.LogRecord) -> bool:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.progress import Progress
 
+from common.files import held
 from common.metrics import MetricProtocol, MetricUnavailableError
 from data.images import ImageError, read_image
 from launch.comparison import measures
@@ -118,6 +119,7 @@ def compare(
 
     Raises:
         FileNotFoundError: A source is not there.
+        InUseError: Another process writes into the output folder.
         UsageError: A name is there twice or unknown, or a source is of the wrong kind.
         ValueError: A test set cannot be read.
     """
@@ -131,36 +133,37 @@ def compare(
     sets = open_sets(pairs, data, scale)
     built, missing = _build([name for name in wanted if name != measures.FID], chosen)
 
-    store = Store(output)
-    work = _Work(store, methods, [item for image_set in sets for item in store.items(image_set)])
-    in_sets = Counter(item.name for item in work.items)
-    for method in methods:
-        if isinstance(method, Results):
-            method.shared = {name for name, count in in_sets.items() if count > 1}
-    with Progress(disable=not progress) as bars:
-        _restore(work, efficiency, chosen, bars)
-        lacking = _measure(work, built, bars)
-    for name, reasons in lacking.items():
-        missing[name] = "; ".join(f"{reason} ({count} results)" for reason, count in reasons.items())
-    for method in methods:
-        work.notes += method.notes(work.items)
-    work.notes += _few_photos(work.items)
-    if any(name.startswith("pyiqa:") for name in built):
-        work.notes.append("Metrics of pyiqa are computed by software under the PolyForm Noncommercial licence.")
-    papers = {method.paper for method in methods if isinstance(method, Run)}
-    shown = _data(work, sets, built, reference, missing)
-    if fid or measures.FID in wanted:
-        _add_fid(shown, work, chosen)
-    shown |= {
-        "title": title,
-        "notes": [*notes, *work.notes],
-        "sources": list(sources),
-        "efficiency": [cost.row() for cost in work.costs],
-        "published": published(papers),
-        "figures": copy_figures(output, figures),
-    }
-    markdown = write_files(output, shown, _pictures(work, shown), figures)
-    return Comparison(write_page(output, shown, embed), markdown, shown)
+    with held(output):
+        store = Store(output)
+        work = _Work(store, methods, [item for image_set in sets for item in store.items(image_set)])
+        in_sets = Counter(item.name for item in work.items)
+        for method in methods:
+            if isinstance(method, Results):
+                method.shared = {name for name, count in in_sets.items() if count > 1}
+        with Progress(disable=not progress) as bars:
+            _restore(work, efficiency, chosen, bars)
+            lacking = _measure(work, built, bars)
+        for name, reasons in lacking.items():
+            missing[name] = "; ".join(f"{reason} ({count} results)" for reason, count in reasons.items())
+        for method in methods:
+            work.notes += method.notes(work.items)
+        work.notes += _few_photos(work.items)
+        if any(name.startswith("pyiqa:") for name in built):
+            work.notes.append("Metrics of pyiqa are computed by software under the PolyForm Noncommercial licence.")
+        papers = {method.paper for method in methods if isinstance(method, Run)}
+        shown = _data(work, sets, built, reference, missing)
+        if fid or measures.FID in wanted:
+            _add_fid(shown, work, chosen)
+        shown |= {
+            "title": title,
+            "notes": [*notes, *work.notes],
+            "sources": list(sources),
+            "efficiency": [cost.row() for cost in work.costs],
+            "published": published(papers),
+            "figures": copy_figures(output, figures),
+        }
+        markdown = write_files(output, shown, _pictures(work, shown), figures)
+        return Comparison(write_page(output, shown, embed), markdown, shown)
 
 
 def _few_photos(items: Sequence[Item]) -> list[str]:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from PIL import Image
 
 from launch import lightning_cli
-from launch.callbacks import RunInfo
+from launch.callbacks import EndOnSignal, HoldFolder, RunInfo
 from launch.cli import main
 from launch.errors import plain
 from launch.lightning_cli import IsrCLI, SaveConfig
@@ -230,7 +230,7 @@ class TestCallbacks:
         own = self.config(tmp_path / "own.yaml", "trainer: {callbacks: [{class_path: ModelSummary}]}")
         arguments = ["fit", "-c", DEMO, "-c", own, "--runs", tmp_path, "--trainer.enable_model_summary=true"]
         kinds = self.kinds(isr(*arguments, made=NotRun))
-        for kind in (RunInfo, LearningRateMonitor, ModelCheckpoint, SaveConfig, ModelSummary):
+        for kind in (HoldFolder, EndOnSignal, RunInfo, LearningRateMonitor, ModelCheckpoint, SaveConfig, ModelSummary):
             assert kinds.count(kind) == 1, kind
 
     def test_a_plus_appends_to_those_of_the_first_config(self, isr: Any, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import csv
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from launch.comparison import engine, measures
 from launch.comparison.efficiency import Cost
 from launch.errors import UsageError
 from launch.runs import config_run_name
+from launch.signals import Stopped
 
 MODEL = "papers.dfosd.DFOSD"
 DATA = {"class_path": "data.Photos", "init_args": {"test_seeds": 1, "crop_size": 64}}
@@ -194,6 +196,18 @@ def test_a_failing_row_is_named_and_the_others_run_and_are_reported(lightning, t
     assert "2 of 3 rows done" in said
     text = (runs / "demo" / "report" / "report.md").read_text()
     assert f"The row b_sr/soon is left out, it failed in {stage}: {type(error).__name__}" in text
+
+
+def test_a_signal_ends_the_demo_and_rows_that_are_done_are_kept_and_named(lightning, tmp_path, capsys):
+    lightning.failing["demo-soon"] = "fit", Stopped(signal.SIGTERM)
+    runs = tmp_path / "runs"
+    with pytest.raises(Stopped):
+        demo.run("demo", ["--runs", str(runs)])
+    assert [command for command, _ in lightning.calls] == ["fit", "test", "fit"]
+    assert (runs / "a_sr/demo-only/version_0/checkpoints/last.ckpt").is_file()
+    assert not (runs / "demo" / "report").exists()
+    said = capsys.readouterr().out
+    assert f"ended in row b_sr/soon, without a report; 1 of 3 rows are done and kept under {runs}: a_sr/only" in said
 
 
 def test_an_older_run_does_not_stand_in_for_a_fit_that_left_no_checkpoint(lightning, tmp_path, monkeypatch, capsys):
