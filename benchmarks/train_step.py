@@ -1,18 +1,20 @@
 """Time and memory of one training step of a configuration that restores images, by network, on random images.
 
-    python benchmarks/train_step.py [-c CONFIG [-c OVERLAY ...]] [--steps N] [--model.ARG=VALUE ...]
+    python benchmarks/train_step.py [-c CONFIG [-c OVERLAY ...]] [--steps N] [--batch B [B ...]] [--model.ARG=VALUE ...]
 
-Default: DFOSD's demo. Crop and batch are the configuration's unless given; precision and accelerator are its own. A
-network's time is that of its forward calls; `backward` includes what gradient checkpointing computes again. One step
-comes before the clock starts: in it texts are encoded, to be remembered, and the optimisers' moments are made.
+Default: DFOSD's demo. Crop and batch are the configuration's unless given; precision and accelerator are its own.
+Each batch size takes one step before the clock starts (texts are encoded and remembered, the optimisers' moments are
+made), then N steps that are timed as a whole, then N steps that are timed network by network, which on a GPU waits for
+each network and so takes longer. A network's time is that of its forward calls; `backward` includes what gradient
+checkpointing computes again.
 
 Where all weights are `tiny` or random, neither network nor data set are needed. On a GPU, DNF-SR's 12 B transformer:
 
     python benchmarks/train_step.py -c papers/dnf_sr/configs/kontext_sft.yaml --model.pretrained=random:flux_kontext \
         --model.dists_weights=random --model.disc=random:dinov3_vitb16
 
-Its weights are drawn on the CPU, which takes minutes and 24 GB there. T5 stays loaded, as the configuration says; its
-9.5 GB leave with --model.keep_text_encoders=false. Stage 2 stands on a stage 1:
+T5 stays loaded, as the configuration says; its 9.5 GB leave with --model.keep_text_encoders=false. Stage 2 stands on a
+stage 1:
 
     isr fit -c papers/dnf_sr/configs/demo/01_sft.yaml --trainer.max_steps 2 --runs /tmp/runs
     python benchmarks/train_step.py -c papers/dnf_sr/configs/demo/02_nf2t.yaml --model.sft=/tmp/runs/dnf_sr/demo-sft
@@ -26,8 +28,9 @@ import resource
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from statistics import median
@@ -38,9 +41,11 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.autoencoder import ImageCodec
 from common.metrics import to_uint8
+from common.pretrained import random_on_device
 from common.restoration import RestorationModule
 from common.training import Batch
 from launch.parameters import parse
@@ -49,17 +54,43 @@ DEFAULT = Path(__file__).parents[1] / "papers/dfosd/configs/demo/01_dfosd.yaml"
 BACKWARD, OPTIMISERS, REST = "backward", "optimisers", "rest: losses, rewards, draws, logging"
 
 
-class Clock(Callback):
-    """Shares the time of each step out among networks, backward passes and optimisers: each moment is one part's."""
+@dataclass
+class Steps:
+    """Figures of the training steps of one batch size."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = defaultdict(list)  # of each step
-        self.calls: dict[str, int] = defaultdict(int)  # of the last step
-        self.peak = 0  # bytes
+    seconds: list[float] = field(default_factory=list)  # of each step that is timed as a whole
+    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of each step timed by part
+    calls: dict[str, int] = field(default_factory=dict)  # of the last step
+    flops: int = 0  # of the first step, forward and backward
+    peak: int = 0  # bytes: allocated on the GPU in the timed steps, or resident since the process began
+
+    def by_part(self) -> list[float]:
+        """Seconds of each step that is timed by part."""
+        return [sum(parts) for parts in zip(*self.parts.values(), strict=True)]
+
+
+class Clock(Callback):
+    """Times whole steps, then shares steps out among networks, backward passes and optimisers.
+
+    Args:
+        steps: Number of steps of each batch size that are timed as a whole; the rest are timed by part.
+        count_flops: Count the operations of each batch size's first step.
+    """
+
+    def __init__(self, steps: int, count_flops: bool = False) -> None:
+        self.found: dict[int, Steps] = defaultdict(Steps)  # by batch size
         self.device = torch.device("cpu")  # the model's while it is trained
+        self._steps, self._count_flops = steps, count_flops
+        self._taken = 0  # steps of this batch size
         self._spent: dict[str, float] = {}
+        self._calls: dict[str, int] = {}
         self._parts: list[str] = []  # those that have begun, one within the other
         self._since = 0.0
+        self._flops = FlopCounterMode(display=False)
+
+    @property
+    def _by_part(self) -> bool:
+        return self._taken > self._steps
 
     def on_fit_start(self, trainer: Trainer, model: Any) -> None:
         """Watch the networks, the backward passes and the optimisers."""
@@ -70,7 +101,7 @@ class Clock(Callback):
                 parts = {f"{name}, encoder": network.vae.encoder, f"{name}, decoder": network.vae.decoder}
             for part, module in parts.items():
                 module.register_forward_pre_hook(partial(self._begin_network, part))
-                module.register_forward_hook(self._end_network)
+                module.register_forward_hook(self._end_network, always_call=True)
         backward = model.manual_backward
 
         @wraps(backward)
@@ -84,28 +115,38 @@ class Clock(Callback):
             optimizer.register_step_post_hook(lambda *_: self._end())
 
     def on_train_batch_start(self, trainer: Trainer, model: Any, batch: Batch, batch_idx: int) -> None:
-        """Start, and with the first timed step the peak of the memory, too."""
-        if batch_idx == 1 and self.device.type == "cuda":
+        """Start, and with the first timed step of a batch size the peak of the memory, too."""
+        size = len(batch["hq"])
+        if size not in self.found:
+            self._taken = 0
+        self._now = self.found[size]
+        if self._taken == 0 and self._count_flops:
+            self._flops.__enter__()
+        if self._taken == 1 and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._spent, self.calls = defaultdict(float), defaultdict(int)
+        self._spent, self._calls = defaultdict(float), defaultdict(int)
+        self._wait()
         self._begin(REST)
+        self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, model: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Keep the step's times, but the first one's."""
+        """Keep the step's times, except the first one's."""
         self._end()
-        for part, seconds in self._spent.items() if batch_idx else ():
-            self.seconds[part].append(seconds)
-
-    def on_train_end(self, trainer: Trainer, model: Any) -> None:
-        """Read the peak: what CUDA has handed out, or what was resident since the process began."""
+        self._wait()
+        if self._taken == 0 and self._count_flops:
+            self._flops.__exit__(None, None, None)
+            self._now.flops = self._flops.get_total_flops()
+        elif 0 < self._taken <= self._steps:
+            self._now.seconds.append(time.perf_counter() - self._start)
+        elif self._by_part:
+            for part, seconds in self._spent.items():
+                self._now.parts[part].append(seconds)
+        self._now.calls = self._calls
         if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(self.device)
+            self._now.peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            self.peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def steps(self) -> list[float]:
-        """Seconds of each step."""
-        return [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
+            self._now.peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._taken += 1
 
     @contextmanager
     def _part(self, part: str) -> Iterator[None]:
@@ -124,20 +165,25 @@ class Clock(Callback):
     def _begin(self, part: str) -> None:
         self._charge()
         self._parts.append(part)
-        self.calls[part] += 1
+        self._calls[part] += 1
 
     def _end(self) -> None:
         self._charge()
         self._parts.pop()
 
     def _charge(self) -> None:
-        """What has passed since the last change is the innermost part's."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Charge the time since the last change to the innermost part."""
+        if not self._by_part:
+            return
+        self._wait()
         now = time.perf_counter()
         if self._parts:
             self._spent[self._parts[-1]] += now - self._since
         self._since = now
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def section(configs: Sequence[str | Path], name: str) -> dict[str, Any]:
@@ -172,48 +218,120 @@ def batches(count: int, size: int, crop: int, scale: int) -> list[Batch]:
     return found
 
 
+@dataclass
+class Measured:
+    """What `measure` finds: the settings it ran, the figures by batch size, and what stays for a next stage."""
+
+    settings: dict[str, Any]
+    stored: dict[str, Any]  # as a checkpoint's hyper_parameters
+    precision: str
+    device: torch.device
+    built: float  # seconds
+    found: dict[int, Steps]
+    model: Any
+    trainer: Trainer
+
+
+def measure(
+    configs: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    crop: int,
+    sizes: Sequence[int],
+    steps: int,
+    by_part: int,
+    accelerator: str = "auto",
+    count_flops: bool = False,
+    prepare: Callable[[Any], None] | None = None,
+    found: dict[int, Steps] | None = None,
+) -> Measured:
+    """Run training steps of a configuration on random images, one batch size after the other.
+
+    Args:
+        configs: Config files, later ones over earlier ones.
+        overrides: Further arguments, `--model.ARG=VALUE`.
+        crop: Side of the HQ crops, px.
+        sizes: Batch sizes.
+        steps: Steps of each size that are timed as a whole.
+        by_part: Steps of each size that are timed by part.
+        accelerator: The Trainer's.
+        count_flops: Count the operations of each size's first step.
+        prepare: Called with the model once its networks are there.
+        found: Where the figures go, which then are there even if a larger batch runs out of memory.
+    """
+    trained = section(configs, "trainer")
+    precision = str(trained.get("precision", "32-true"))
+    model_parser, parsed = parse(configs, overrides)
+    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+    start = time.perf_counter()
+    with torch.device("cuda") if on_gpu else nullcontext():
+        model: RestorationModule = model_parser.instantiate_classes(parsed).model
+        model.configure_model()
+    if prepare is not None:
+        prepare(model)
+    built = time.perf_counter() - start
+
+    clock = Clock(steps, count_flops)
+    if found is not None:
+        clock.found = found
+    trainer = Trainer(
+        max_epochs=1, accelerator=accelerator, devices=1, precision=precision, callbacks=[clock],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    scale = getattr(model, "scale", 4)
+    photos: Any = [batch for size in sizes for batch in batches(1 + steps + by_part, size, crop, scale)]
+    trainer.fit(model, torch.utils.data.DataLoader(photos, batch_size=None))
+    settings = parsed.model.init_args.as_dict()
+    dumped = yaml.safe_load(model_parser.dump(parsed))["model"]
+    stored = {"_class_path": dumped["class_path"], **dumped["init_args"]}
+    return Measured(settings, stored, precision, clock.device, built, clock.found, model, trainer)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-c", "--config", action="append", help="later ones over earlier ones")
-    parser.add_argument("--steps", type=int, default=5, help="that are timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=5, help="number of timed steps of each kind")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--crop", type=int, help="HQ px")
-    parser.add_argument("--batch", type=int, help="images")
+    parser.add_argument("--batch", type=int, nargs="+", help="images; several sizes run one after the other")
     options, overrides = parser.parse_known_args(argv)
     configs = options.config or [DEFAULT]
     torch.set_num_threads(options.threads)
     data, trained = section(configs, "data"), section(configs, "trainer")
-    crop, size = options.crop or data["crop_size"], options.batch or data["batch_size"]
-    precision = trained.get("precision", "32-true")
+    crop, sizes = options.crop or data["crop_size"], options.batch or [data["batch_size"]]
 
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    model_parser, parsed = parse(configs, overrides)
-    start = time.perf_counter()
-    model: RestorationModule = model_parser.instantiate_classes(parsed).model
-    model.configure_model()
-    built = time.perf_counter() - start
+    accelerator = trained.get("accelerator", "auto")
+    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+    with random_on_device("cuda" if on_gpu else "cpu"):
+        measured = measure(
+            configs,
+            overrides,
+            crop=crop,
+            sizes=sizes,
+            steps=options.steps,
+            by_part=options.steps,
+            accelerator=accelerator,
+        )
 
-    clock = Clock()
-    trainer = Trainer(
-        max_epochs=1, accelerator=trained.get("accelerator", "auto"), devices=1, precision=precision, callbacks=[clock],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    photos: Any = batches(1 + options.steps, size, crop, model.scale)
-    trainer.fit(model, torch.utils.data.DataLoader(photos, batch_size=None))
-
-    steps = clock.steps()
-    on_gpu = clock.device.type == "cuda"
-    where = torch.cuda.get_device_name(clock.device) if on_gpu else f"CPU, {options.threads} thread(s)"
-    print(f"{', '.join(map(str, configs))}: {size} x {crop} px, {precision}, {where}, median of {len(steps)} steps")
-    settings = parsed.model.init_args.as_dict()
-    print(f"random weights: {', '.join(random_parts(settings)) or 'none'}; random images; built in {built:.1f} s")
-    for part, times in sorted(clock.seconds.items(), key=lambda item: -median(item[1])):
-        calls = "" if part == REST else f"{clock.calls[part]} x"
-        print(f"  {part:<40}{calls:>6}{1e3 * median(times):11.1f} ms {median(times) / median(steps):6.0%}")
-    print(f"  {'one step':<46}{1e3 * median(steps):11.1f} ms   ({1e3 * min(steps):.1f} to {1e3 * max(steps):.1f})")
-    memory = "allocated at most in these steps" if on_gpu else "resident at most, the building included"
-    print(f"  {'memory':<46}{clock.peak / 1e9:11.2f} GB   ({memory})")
+    where = torch.cuda.get_device_name(measured.device) if on_gpu else f"CPU, {options.threads} thread(s)"
+    for size, found in measured.found.items():
+        print(
+            f"{', '.join(map(str, configs))}: {size} x {crop} px, {measured.precision}, {where}, {options.steps} steps"
+        )
+        names = ", ".join(random_parts(measured.settings)) or "none"
+        print(f"random weights: {names}; random images; built in {measured.built:.1f} s")
+        whole = median(found.by_part())
+        for part, times in sorted(found.parts.items(), key=lambda item: -median(item[1])):
+            calls = "" if part == REST else f"{found.calls[part]} x"
+            print(f"  {part:<40}{calls:>6}{1e3 * median(times):11.1f} ms {median(times) / whole:6.0%}")
+        print(f"  {'one step, by part':<46}{1e3 * whole:11.1f} ms")
+        seconds = found.seconds
+        spread = f"({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
+        print(f"  {'one step':<46}{1e3 * median(seconds):11.1f} ms   {spread}")
+        memory = "allocated at most in these steps" if on_gpu else "resident at most, the building included"
+        print(f"  {'memory':<46}{found.peak / 1e9:11.2f} GB   ({memory})")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ _T5_TOKENS = 512  # what T5 was trained on, and FLUX's tokenizer says
 _LARGE = 10**9  # parameters
 
 _architecture_only: ContextVar[bool] = ContextVar("architecture_only", default=False)
+_random_device: ContextVar[torch.device | None] = ContextVar("random_device", default=None)
 
 
 class WeightsNotFoundError(FileNotFoundError):
@@ -88,21 +89,43 @@ def is_architecture_only() -> bool:
 
 
 @contextmanager
+def random_on_device(device: torch.device | str) -> Iterator[None]:
+    """Within this context random weights are drawn and stay on a device: seconds for FLUX, minutes on the CPU.
+
+    The values repeat on one kind of device and differ from the CPU's. Benchmarks use it; everything else draws on the
+    CPU, so that a seed means the same weights everywhere.
+    """
+    token = _random_device.set(torch.device(device))
+    try:
+        yield
+    finally:
+        _random_device.reset(token)
+
+
+@contextmanager
 def drawing_weights(seed: int) -> Iterator[None]:
     """Within this context networks are made on the CPU, from this seed; in `architecture_only()` on the meta device.
 
     That holds whatever the default device is: Lightning runs `configure_model` with the GPU as such, which draws from a
     generator of its own and other numbers. The global random state is neither read nor moved. Who makes a network here
-    puts it where it belongs.
+    puts it where it belongs. In `random_on_device()` that device draws.
     """
+    device = _random_device.get()
+    if device is not None and device.type == "cuda" and not is_architecture_only():
+        with torch.random.fork_rng(devices=[device]), device:
+            torch.manual_seed(seed)
+            yield
+        return
     with torch.random.fork_rng(devices=[]), torch.device("meta" if is_architecture_only() else "cpu"):
         torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
         yield
 
 
 def network_device() -> torch.device:
-    """Where networks belong: on the default device; in `architecture_only()` on the meta device."""
-    return torch.device("meta") if is_architecture_only() else torch.empty(0).device
+    """Where networks belong: on the default device, or that of `random_on_device()` or `architecture_only()` (meta)."""
+    if is_architecture_only():
+        return torch.device("meta")
+    return _random_device.get() or torch.empty(0).device
 
 
 def hub_table() -> dict[str, dict[str, Any]]:

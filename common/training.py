@@ -70,7 +70,12 @@ class TrainingModule(LightningModule):
     # Networks
 
     def configure_model(self) -> None:
-        """Build the networks and load the frozen weights, each part once; Lightning may call this more than once."""
+        """Build the networks and load the frozen weights, each part once; Lightning may call this more than once.
+
+        It switches cuDNN's attention off: on an H100 with torch 2.11 its backward pass gave DNF-SR's transformer NaN
+        gradients in bf16 (pytorch/pytorch#196678); the other kernels gave none.
+        """
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if not self._has_networks:
             self.configure_networks()
             self._has_networks = True
