@@ -1,4 +1,4 @@
-"""Benchmark folders: the StableSR layout (`test_LR`, `test_HR`) or low-quality images alone."""
+"""Benchmark folders: pairs in one of the known layouts, or low-quality images alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.datasets import GivenPrompts, LQImages, OnError, Pairs
+from data.layouts import Layout, PairFolders, find_layout
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,16 @@ class Benchmark:
 
 
 def load_benchmark(
-    directory: str | Path,
+    source: str | Path | PairFolders,
     scale: int,
     prompts: GivenPrompts = None,
     on_error: OnError = "raise",
     argument: str = "test",
 ) -> Benchmark:
-    """Open a benchmark folder.
+    """Open a benchmark.
 
     Args:
-        directory: A folder with `test_LR` and `test_HR` in it, or a folder of LQ images.
+        source: A folder of pairs in one of the layouts of `data.layouts`, a folder of LQ images, or two folders.
         scale: Super-resolution factor.
         prompts: Prompts of the LQ images; without it they are empty.
         on_error: "raise" or "skip" what is unreadable or unmatched, and name it.
@@ -38,23 +39,55 @@ def load_benchmark(
 
     Raises:
         FileNotFoundError: The folder does not exist, or has only one of `test_LR` and `test_HR`.
-        ValueError: Its files do not pair up or do not fit the scale, or it holds no images.
+        ValueError: Its files do not pair up or do not fit the scale, it holds no images, or it looks paired and is not
+            understood.
     """
-    folder = Path(directory).expanduser()
+    pairs = load_pairs(source, scale, prompts, on_error, argument)
+    if pairs is not None:
+        return pairs
+    assert not isinstance(source, PairFolders)
+    folder = Path(source).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{argument}={directory} is not a folder; give one with test_LR and test_HR, or one of LQ images"
+            f"{argument}={source} is not a folder; give one with test_LR and test_HR, or one of LQ images"
         )
-    name = os.path.basename(os.path.abspath(folder))
+    return Benchmark(_name(folder), LQImages(folder, prompts, on_error, argument))
+
+
+def load_pairs(
+    source: str | Path | PairFolders, scale: int, prompts: GivenPrompts, on_error: OnError, argument: str
+) -> Benchmark | None:
+    """Open a benchmark that holds pairs; None if the source holds none. Arguments and errors as of `load_benchmark`."""
+    if isinstance(source, PairFolders):
+        return Benchmark(
+            _name(source.place), Pairs(source.lq, source.hq, scale, source.csv, prompts, on_error, argument)
+        )
+    folder = Path(source).expanduser()
+    layout = folder_layout(folder, scale, argument)
+    if layout is None:
+        return None
+    pairs = Pairs(layout.lq, layout.hq, scale, None, prompts, on_error, argument)
+    pairs.sources, pairs.layout = [folder], layout.name
+    return Benchmark(_name(folder), pairs)
+
+
+def folder_layout(folder: Path, scale: int, argument: str) -> Layout | None:
+    """The layout of the pairs in a folder; None for anything else. Arguments and errors as of `find_layout`.
+
+    Raises:
+        FileNotFoundError: The folder has only one of `test_LR` and `test_HR`.
+    """
+    if not folder.is_dir():
+        return None
     lq_dir, hq_dir = folder / "test_LR", folder / "test_HR"
-    if lq_dir.is_dir() and hq_dir.is_dir():
-        pairs = Pairs(lq_dir, hq_dir, scale, prompts=prompts, on_error=on_error)
-        pairs.sources, pairs.layout = [folder], "pairs in test_LR and test_HR"
-        return Benchmark(name, pairs)
     for present, absent in ((lq_dir, hq_dir), (hq_dir, lq_dir)):
-        if present.is_dir():
+        if present.is_dir() and not absent.is_dir() and argument != "train":
             raise FileNotFoundError(
-                f"{argument}={directory} has {present.name} but no {absent.name}; add it, "
+                f"{argument}={folder} has {present.name} but no {absent.name}; add it, "
                 f"or give {lq_dir} for a run without references"
             )
-    return Benchmark(name, LQImages(folder, prompts, on_error, argument))
+    return find_layout(folder, scale, argument)
+
+
+def _name(folder: Path) -> str:
+    return os.path.basename(os.path.abspath(folder))

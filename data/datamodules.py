@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from common.files import distinct_names
-from data.benchmarks import load_benchmark
+from data.benchmarks import folder_layout, load_benchmark, load_pairs
 from data.datasets import (
     DegradedCrops,
     GivenPrompts,
@@ -29,17 +29,22 @@ from data.datasets import (
 from data.degradations.config import DegradationConfig, preset
 from data.degradations.realesrgan import Degradation
 from data.inventory import Inventory
+from data.layouts import Layout, PairFolders, match_pairs
 from data.photos import CAPTIONS, PHOTOS, photo_paths
 from data.sampler import RankShare, StreamSampler
 
 NamedSet = tuple[str, Dataset[Sample]]
+PairSource = str | PairFolders
 
 _SPLITS = ("train", "val", "test", "predict")
 _DRAWS = 10  # entries in the training list for a photo of weight 1
 
 
-def _as_list(source: str | list[str] | None) -> list[str]:
-    return [source] if isinstance(source, str) else list(source or [])
+T = TypeVar("T", str, PairSource)
+
+
+def _as_list(source: T | list[T] | None) -> list[T]:
+    return list(source) if isinstance(source, list) else [] if source is None else [source]
 
 
 def _single_thread(_worker: int) -> None:
@@ -48,16 +53,26 @@ def _single_thread(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _distinct(sets: Sequence[NamedSet], sources: Sequence[str]) -> list[NamedSet]:
+def _distinct(sets: Sequence[NamedSet], sources: Sequence[PairSource]) -> list[NamedSet]:
     """Give sets of one name names of their own.
 
     Raises:
         ValueError: One set is there twice.
     """
-    if len({Path(source).expanduser().resolve() for source in sources}) < len(sources):
-        raise ValueError(f"sets {', '.join(sources)} would share the names of one that is there twice; leave one")
-    named = distinct_names([name for name, _ in sets], sources)
+    same = {source if isinstance(source, PairFolders) else Path(source).expanduser().resolve() for source in sources}
+    if len(same) < len(sources):
+        listed = ", ".join(map(str, sources))
+        raise ValueError(f"sets {listed} would share the names of one that is there twice; leave one")
+    places = [source.place if isinstance(source, PairFolders) else source for source in sources]
+    named = distinct_names([name for name, _ in sets], places)
     return [(name, images) for name, (_, images) in zip(named, sets, strict=True)]
+
+
+def _side(layout: Layout, side: str, scale: int) -> list[str]:
+    """The folder of one side, `lq` or `hq`, of a folder's pairs; its files where both sides lie in one folder."""
+    if layout.lq != layout.hq:
+        return [str(getattr(layout, side))]
+    return [str(pair[side == "hq"]) for pair in match_pairs(layout.lq, layout.hq, scale)[0]]
 
 
 class SRData(LightningDataModule):
@@ -70,10 +85,12 @@ class SRData(LightningDataModule):
     Args:
         train: Good photos: folder (searched recursively), txt list, csv or parquet manifest (column image_path,
             optionally prompt, optionally top, left, side of a window in px, as isr caption writes them), or a list of
-            these; one named twice is drawn twice as often.
-        val: One or more sets: folders with test_LR and test_HR, or good photos that are cut to a grid and degraded.
-        test: One or more benchmark folders: test_LR with test_HR, or low-quality images without references.
-        predict: Low-quality images: folder, image, txt list or manifest.
+            these; one named twice is drawn twice as often. Of a folder of pairs, the HQ images are taken and degraded.
+        val: One or more sets: folders of pairs (test_LR and test_HR, LR and HR, lq and gt, RealSR's names in one folder
+            and other layouts of published sets), two folders as `{lq: A, hq: B}` (optionally `csv`, a table with the
+            columns lq and hq), or good photos that are cut to a grid and degraded.
+        test: One or more sets: pairs as for val, or folders of low-quality images without references.
+        predict: Low-quality images: folder, image, txt list or manifest. Of a folder of pairs, the LQ images are taken.
         scale: Super-resolution factor.
         crop_size: Side of a training crop, HQ px.
         batch_size: Training crops of one rank's batch.
@@ -88,8 +105,8 @@ class SRData(LightningDataModule):
         flips: Mirror and turn training crops at random.
         prompts: A folder of <image name>.txt or a csv with columns name and prompt, for all sets, or one for each of
             train, val, test and predict. Images whose manifest has a prompt keep that. null: prompts are empty.
-        on_error: What is done about unreadable photos and images in training, prediction and validation on photos: skip
-            (counted and named in the log) or raise. Benchmarks always raise: a mean over fewer images is another mean.
+        on_error: What is done about images that are unreadable or, in pairs, do not fit: skip (counted and named) or
+            raise. null: raise for pairs and test sets, as a mean over fewer images is another mean, else skip.
 
     Attributes:
         dataset_names: Names of the sets behind the loaders of "val" and "test", in order; known after `setup`.
@@ -101,8 +118,8 @@ class SRData(LightningDataModule):
     def __init__(
         self,
         train: str | list[str] | None = None,
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        val: PairSource | list[PairSource] | None = None,
+        test: PairSource | list[PairSource] | None = None,
         predict: str | None = None,
         scale: int = 4,
         crop_size: int = 512,
@@ -117,12 +134,12 @@ class SRData(LightningDataModule):
         seed: int = 0,
         flips: bool = True,
         prompts: str | dict[str, str] | None = None,
-        on_error: OnError = "skip",
+        on_error: OnError | None = None,
     ) -> None:
         super().__init__()
         check_crop_size(crop_size, scale)
         check_crop_size(eval_crop_size or crop_size, scale, "eval_crop_size")
-        check_on_error(on_error)
+        check_on_error(on_error or "raise")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
@@ -140,7 +157,8 @@ class SRData(LightningDataModule):
         self.scale, self.crop_size, self.eval_crop_size = scale, crop_size, eval_crop_size or crop_size
         self.batch_size, self.num_workers, self.batches_per_epoch = batch_size, num_workers, batches_per_epoch
         self.val_seeds, self.val_crops, self.seed, self.flips = val_seeds, val_crops, seed, flips
-        self.prompts, self.on_error = prompts, on_error
+        self.prompts, self.on_error = prompts, on_error or "skip"
+        self.on_pair_error: OnError = on_error or "raise"
         self.degradation = self._degradation(degradation)
         self.train_degradation = self.degradation
         if train_degradation is not None:
@@ -179,15 +197,27 @@ class SRData(LightningDataModule):
     def _train_images(self) -> HQImages:
         if not self.train:
             raise ValueError("train=null leaves nothing to fit; set data.init_args.train to a folder of good photos")
-        return self._hq_images(_as_list(self.train))
+        sources = _as_list(self.train)
+        layouts = {source: folder_layout(Path(source).expanduser(), self.scale, "train") for source in sources}
+        taken = [layout for layout in layouts.values() if layout is not None]
+        if not taken:
+            return self._hq_images(sources)
+        parts: list[str] = []
+        for source in sources:
+            layout = layouts[source]
+            parts += [source] if layout is None else _side(layout, "hq", self.scale)
+        images = self._hq_images(parts)
+        images.source = sources
+        images.layout = f"photos to degrade; HQ images alone of {', '.join(layout.name for layout in taken)}"
+        return images
 
-    def _val_set(self, source: str) -> NamedSet:
-        folder = Path(source).expanduser()
-        if (folder / "test_LR").is_dir() or (folder / "test_HR").is_dir():
-            benchmark = load_benchmark(source, self.scale, self._prompts("val"), argument="val")
-            return benchmark.name, benchmark.images
+    def _val_set(self, source: PairSource) -> NamedSet:
+        pairs = load_pairs(source, self.scale, self._prompts("val"), self.on_pair_error, "val")
+        if pairs is not None:
+            return pairs.name, pairs.images
+        folder = Path(str(source)).expanduser()
         crops = DegradedCrops(
-            source,
+            str(source),
             self.eval_crop_size,
             range(self.val_seeds),
             self.degradation,
@@ -207,13 +237,21 @@ class SRData(LightningDataModule):
         sources = _as_list(self.test)
         if not sources:
             raise ValueError("test=null leaves nothing to test; set data.init_args.test to a benchmark folder")
-        benchmarks = [load_benchmark(source, self.scale, self._prompts("test")) for source in sources]
+        prompts = self._prompts("test")
+        benchmarks = [load_benchmark(source, self.scale, prompts, self.on_pair_error) for source in sources]
         return _distinct([(benchmark.name, benchmark.images) for benchmark in benchmarks], sources)
 
     def _predict_images(self) -> Dataset[Sample]:
         if self.predict is None:
             raise ValueError("predict=null leaves nothing to do; set data.init_args.predict to a folder of images")
-        return LQImages(self.predict, self._prompts("predict"), self.on_error, "predict")
+        layout = folder_layout(Path(self.predict).expanduser(), self.scale, "predict")
+        if layout is None:
+            return LQImages(self.predict, self._prompts("predict"), self.on_error, "predict")
+        lqs = _side(layout, "lq", self.scale)
+        source: Any = Path(lqs[0]) if layout.lq != layout.hq else lqs
+        images = LQImages(source, self._prompts("predict"), self.on_error, "predict")
+        images.source, images.layout = self.predict, f"LQ images alone of {layout.name}"
+        return images
 
     def setup(self, stage: str) -> None:
         """Find the files of a stage and check them.
@@ -223,8 +261,11 @@ class SRData(LightningDataModule):
 
         Raises:
             FileNotFoundError: A source does not exist.
-            ValueError: The stage has no data, or its files do not fit.
+            ValueError: The stage has no data, its files do not fit, or the model has another scale.
         """
+        model: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if getattr(model, "scale", self.scale) != self.scale:
+            raise ValueError(f"data.scale={self.scale} is not model.scale={model.scale}; set both to one value")
         if stage == "fit":
             self.train_images = self._train_images()
         if stage in {"fit", "validate"}:

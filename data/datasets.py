@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from data.images import (
     read_table,
 )
 from data.inventory import Inventory, unused_files
+from data.layouts import explicit, match_pairs
 from data.sampler import SampleKey
 
 Sample = dict[str, Any]
@@ -242,7 +242,8 @@ class HQImages(Dataset[Sample]):
     """Random crops of good photos, or of windows of them, with their degraded versions; keys come from StreamSampler.
 
     A photo smaller than the crop is continued at its right and lower edge by reflection, as the field's loaders do.
-    All that is random in a sample depends on (seed, epoch, index) only.
+    All that is random in a sample depends on (seed, epoch, index) only. `layout` is how the inventory calls what the
+    source holds.
 
     Args:
         source: Photos, see `data.images.list_entries`. A manifest's row with a window (`top`, `left`, `side`) is that
@@ -282,7 +283,7 @@ class HQImages(Dataset[Sample]):
         check_on_error(on_error)
         self.scale, self.crop_size, self.degradation, self.seed = scale, crop_size, degradation, seed
         self.on_error, self.flips, self.cache, self.argument = on_error, flips, cache, argument
-        self.source = source
+        self.source, self.layout = source, "photos to degrade"
         listed = list_entries(source, argument)
         self.paths = [entry.path for entry in listed]
         self.windows = [entry.window for entry in listed]
@@ -324,7 +325,7 @@ class HQImages(Dataset[Sample]):
                 reasons[path] = str(error)
         used = [path for path in self._files if path not in reasons]
         windows = len(set(zip(self.paths, self.windows, strict=True))) if any(self.windows) else 0
-        layout = f"photos to degrade, {windows} windows" if windows else "photos to degrade"
+        layout = f"{self.layout}, {windows} windows" if windows else self.layout
         unused = unused_files(self.source, [*used, *self.texts.files], reasons, "not used")
         return Inventory(argument, _shown(self.source), len(used), layout, unused)
 
@@ -409,70 +410,6 @@ class Pair:
     prompt: str | None = None
 
 
-def _suffixes(scale: int) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What may end LQ and HQ stems: Canon_001_LR4 / Canon_001_HR, 0001x4 / 0001, Canon_10_x4 / Canon_10_x1."""
-    lq = re.compile(rf"(?P<base>.+?)(_LR{scale}?|_LQ|_?x{scale})$", re.IGNORECASE)
-    hq = re.compile(r"(?P<base>.+?)(_HR|_HQ|_GT|_?x1)$", re.IGNORECASE)
-    return lq, hq
-
-
-def _base(stem: str, suffix: re.Pattern[str]) -> str:
-    found = suffix.match(stem)
-    return found["base"] if found else stem
-
-
-def _by_stem(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    stems: dict[str, list[Path]] = {}
-    for file in files:
-        stems.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
-    return stems
-
-
-def match_pairs(lq_dir: Path, hq_dir: Path, scale: int) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Pair the files of two folders by name: equal stems first, then stems without the usual suffixes.
-
-    Both may be one folder (RealSR's own layout); then suffixes alone tell LQ from HQ.
-
-    Args:
-        lq_dir: Folder of LQ images.
-        hq_dir: Folder of HQ images.
-        scale: Super-resolution factor, part of some suffixes.
-
-    Returns:
-        (LQ, HQ) pairs in order of the LQ names, and a complaint about each file without a partner of its own.
-    """
-    lq_suffix, hq_suffix = _suffixes(scale)
-    lq_files = [path for path, _ in list_images(lq_dir, "lq_dir")]
-    hq_files = [path for path, _ in list_images(hq_dir, "hq_dir")]
-    if lq_dir.resolve() == hq_dir.resolve():
-        lq_files = [path for path in lq_files if lq_suffix.match(path.stem)]
-        hq_files = [path for path in hq_files if hq_suffix.match(path.stem)]
-    lq_stems, hq_stems = _by_stem(lq_dir, lq_files), _by_stem(hq_dir, hq_files)
-
-    pairs: list[tuple[Path, Path]] = []
-    complaints: list[str] = []
-
-    def settle(lqs: list[Path], hqs: list[Path]) -> None:
-        if len(lqs) == len(hqs) == 1:
-            pairs.append((lqs[0], hqs[0]))
-        elif lqs and hqs:
-            complaints.append("ambiguous " + " / ".join(str(path) for path in (*lqs, *hqs)))
-        else:
-            side = "LQ without HQ" if lqs else "HQ without LQ"
-            complaints.extend(f"{side} {path}" for path in (*lqs, *hqs))
-
-    for stem in sorted(lq_stems.keys() & hq_stems.keys()):
-        settle(lq_stems.pop(stem), hq_stems.pop(stem))
-    lq_bases: dict[str, list[Path]] = {}
-    hq_bases: dict[str, list[Path]] = {}
-    for bases, stems, suffix in ((lq_bases, lq_stems, lq_suffix), (hq_bases, hq_stems, hq_suffix)):
-        for stem, files in stems.items():
-            bases.setdefault(_base(stem, suffix), []).extend(files)
-    for base in sorted(lq_bases.keys() | hq_bases.keys()):
-        settle(lq_bases.get(base, []), hq_bases.get(base, []))
-    return sorted(pairs), complaints
-
-
 def _pairs_of_csv(table: Path, lq_dir: Path, hq_dir: Path) -> tuple[list[tuple[Path, Path, str | None]], list[str]]:
     """Pairs as a csv with the columns lq and hq says, relative to the two folders, and what it names in vain."""
     if not table.is_file():
@@ -504,7 +441,9 @@ class Pairs(Dataset[Sample]):
         csv: Table with the columns `lq` and `hq` (paths relative to the two folders) and optionally `prompt`; pairs
             what it lists and nothing else.
         prompts: Prompts of the LQ images; without it they are empty.
-        on_error: What is done about unreadable, unmatched and ambiguous files: "raise", or "skip" and name them.
+        on_error: What is done about unreadable, unmatched and ambiguous files and pairs of a wrong size: "raise", or
+            "skip" and name them.
+        argument: Name of the user's argument, for messages.
 
     Attributes:
         sources: The folders whose files `inventory` counts.
@@ -523,12 +462,13 @@ class Pairs(Dataset[Sample]):
         csv: str | Path | None = None,
         prompts: GivenPrompts = None,
         on_error: OnError = "raise",
+        argument: str = "test",
     ) -> None:
         check_on_error(on_error)
         lq_root, hq_root = Path(lq_dir).expanduser(), Path(hq_dir).expanduser()
-        for argument, folder in (("lq_dir", lq_root), ("hq_dir", hq_root)):
+        for side, folder in (("lq_dir", lq_root), ("hq_dir", hq_root)):
             if not folder.is_dir():
-                raise FileNotFoundError(f"{argument}={folder} is not a folder; give the folder of the images")
+                raise FileNotFoundError(f"{side}={folder} is not a folder; give the folder of the images")
         if csv is None:
             matched, complaints = match_pairs(lq_root, hq_root, scale)
             found: list[tuple[Path, Path, str | None]] = [(lq, hq, None) for lq, hq in matched]
@@ -540,7 +480,8 @@ class Pairs(Dataset[Sample]):
         if complaints and on_error == "raise":
             raise ValueError(
                 f"{where}: {len(complaints)} files do not pair up: {first_five(complaints)}; rename them, give "
-                "csv=<table with columns lq,hq>, or set on_error=skip"
+                f"csv=<table with columns lq,hq> ({explicit(lq_dir, hq_dir, argument)} with csv beside hq), or set "
+                "on_error=skip there"
             )
         self._broken: dict[Path, str] = {}
         found = self._without_broken(found, scale, on_error)
@@ -569,8 +510,9 @@ class Pairs(Dataset[Sample]):
     ) -> list[tuple[Path, Path, str | None]]:
         """Check that every pair can be read and has the right sizes."""
         good: list[tuple[Path, Path, str | None]] = []
-        same: list[str] = []
-        wrong: list[str] = []
+        same: dict[Path, str] = {}
+        wrong: dict[Path, str] = {}
+        factors: set[float] = set()
         for lq, hq, prompt in found:
             try:
                 (lq_h, lq_w), (hq_h, hq_w) = (
@@ -584,18 +526,24 @@ class Pairs(Dataset[Sample]):
             if (hq_h, hq_w) == (lq_h * scale, lq_w * scale):
                 good.append((lq, hq, prompt))
             elif (hq_h, hq_w) == (lq_h, lq_w):
-                same.append(f"{lq} ({lq_w}x{lq_h})")
+                same[lq] = f"{lq} ({lq_w}x{lq_h})"
             else:
-                wrong.append(f"{lq} is {lq_w}x{lq_h}, {hq} is {hq_w}x{hq_h}")
+                wrong[lq] = f"{lq} is {lq_w}x{lq_h}, {hq} is {hq_w}x{hq_h}"
+                factors |= {hq_h / lq_h, hq_w / lq_w}
+        if good and on_error == "skip":
+            self._broken |= wrong | same
+            return good
         if same:
             raise ValueError(
                 f"scale={scale}, but LQ has the size of HQ already in {len(same)} of {len(found)} pairs: "
-                f"{first_five(same)}; such sets hold LQ up-sampled beforehand: give the LQ folder at its own size"
+                f"{first_five(same.values())}; such sets hold LQ up-sampled beforehand: give the LQ folder at its own "
+                "size"
             )
         if wrong:
             raise ValueError(
-                f"scale={scale} does not fit the sizes of {len(wrong)} of {len(found)} pairs: {first_five(wrong)}; "
-                "set scale to the set's factor, or crop HQ to scale times LQ"
+                f"scale={scale} does not fit the sizes of {len(wrong)} of {len(found)} pairs: "
+                f"{first_five(wrong.values())}; set scale to the set's factor"
+                + (f", which is {factors.pop():g}" if len(factors) == 1 else ", or crop HQ to scale times LQ")
             )
         return good
 

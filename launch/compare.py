@@ -100,7 +100,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         default=[],
         type=Path,
         metavar="DIR",
-        help="a folder with test_LR and test_HR, or a folder of low-quality images alone",
+        help="a folder of pairs (test_LR and test_HR, LR and HR, lq and gt ...) or of low-quality images alone",
     )
     images.add_argument(
         "--data",

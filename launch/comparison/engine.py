@@ -95,7 +95,7 @@ def compare(
         results: Name -> folder of images that another program wrote.
         weights: Name -> file of weights that spandrel can load.
         blurs: Name -> width in px of a Gaussian blur after bicubic enlargement.
-        pairs: Folders with `test_LR` and `test_HR`, or of low-quality images alone.
+        pairs: Folders of pairs in a layout of `data.layouts`, or of low-quality images alone.
         data: Configurations whose test sets are taken, or a data module; default, where there are no pairs either: the
             embedded photos.
         output: Folder of the report; what is kept there from an earlier call is not made again.
@@ -131,6 +131,7 @@ def compare(
         raise UsageError(f"reference={reference} is no method; take {', '.join(method.name for method in methods)}")
     wanted = list(dict.fromkeys(measures.full_id(name) for name in metrics))
     sets = open_sets(pairs, data, scale)
+    _check_scales(methods, sets)
     built, missing = _build([name for name in wanted if name != measures.FID], chosen)
 
     with held(output):
@@ -209,6 +210,21 @@ def _methods(
     if twice:
         raise UsageError(f"two methods are called {' and '.join(twice[:2])}; give one another name: NAME=PATH")
     return methods
+
+
+def _check_scales(methods: Sequence[Method], sets: Sequence[ImageSet]) -> None:
+    """Refuse a run of another factor than a test set, before its network is loaded.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for method in methods:
+        for image_set in sets:
+            if method.scale not in (None, image_set.scale):
+                raise UsageError(
+                    f"scale={image_set.scale} of the test set {image_set.name} is not scale={method.scale} of "
+                    f"{method.name}; compare methods and test sets of one scale"
+                )
 
 
 def _build(wanted: Sequence[str], device: torch.device) -> tuple[dict[str, MetricProtocol], dict[str, str]]:

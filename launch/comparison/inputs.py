@@ -65,7 +65,7 @@ def open_sets(
     """Open all test sets.
 
     Args:
-        pairs: Folders with `test_LR` and `test_HR`, or folders of low-quality images.
+        pairs: Folders of pairs in a layout of `data.layouts`, or folders of low-quality images.
         data: Configurations with a `data` section whose test sets are taken, or a data module; where neither is given,
             and no pairs, the embedded photos.
         scale: Super-resolution factor of `pairs`.

@@ -37,7 +37,7 @@ class Method(ABC):
     measurable = True
     """Whether its speed can be measured here."""
     scale: int | None = None
-    """The only factor it restores by; None takes any. Known once `network` is."""
+    """The only factor it restores by; None takes any. That of weights is known once `network` is."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -129,6 +129,7 @@ class Run(Method):
         self.device, self.images = device, images
         self.checkpoint = _checkpoint(path)
         self.settings = _settings(path, self.checkpoint)
+        self.scale = self.settings.get("init_args", {}).get("scale")
         self._key = ""
 
     @property

@@ -301,6 +301,25 @@ class TestSources:
         with pytest.raises(ValueError, match=message):
             small().setup(stage)
 
+    @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+    def test_a_model_of_another_scale_is_refused_before_anything_is_loaded(
+        self, hq: Path, tmp_path: Path, stage: str
+    ) -> None:
+        """The sets are not there and the model cannot be built: neither is reached."""
+
+        class Unbuilt(Recorder):
+            scale = 4
+
+            def configure_model(self) -> None:
+                raise AssertionError("the model is built")
+
+        gone = str(tmp_path / "gone")
+        module = small(train=gone, val=gone, test=gone, predict=gone, scale=2)
+        with pytest.raises(ValueError, match=r"data\.scale=2 is not model\.scale=4; set both to one value"):
+            getattr(trainer(tmp_path, max_steps=1), stage)(Unbuilt(), datamodule=module)
+        with pytest.raises(AssertionError, match="the model is built"):
+            trainer(tmp_path, max_steps=1).predict(Unbuilt(), datamodule=small(predict=str(hq)))
+
     def test_missing_sources_are_named_by_argument(self, tmp_path: Path) -> None:
         gone = f"{tmp_path}/gone"
         for stage, arguments in {

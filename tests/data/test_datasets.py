@@ -259,6 +259,7 @@ class TestPairs:
             {"0001x4.png": "0001.png", "0002x4.png": "0002.png"},  # DIV2K
             {"a_x4.png": "a_x1.png", "b_x4.png": "b_x1.png"},  # DRealSR
             {"a_LQ.png": "a_GT.png", "b.png": "b_HQ.png"},
+            {"a.png": "A.png", "Img_lr4.PNG": "img_HR.png", "b.png": "b.png"},
         ],
     )
     def test_usual_names_find_each_other(self, tmp_path: Path, names: dict[str, str]) -> None:
@@ -474,8 +475,10 @@ class TestBenchmark:
             FileNotFoundError, match=r"test=.*half has test_LR but no test_HR; add it, or give .*test_LR"
         ):
             load_benchmark(tmp_path / "half", 4)
-        save(tmp_path / "half" / "test_HR" / "a.png", noise(16, 16))
-        with pytest.raises(ValueError, match=r"test=.* holds references"):
+        for name in ("half", "other"):
+            save(tmp_path / name / "test_LR" / "a.png", noise(4, 4))
+            save(tmp_path / name / "test_HR" / "a.png", noise(16, 16))
+        with pytest.raises(ValueError, match=r"test=.* holds 2 sets of pairs: half/test_LR with half/test_HR, other/"):
             load_benchmark(tmp_path, 4)
         with pytest.raises(FileNotFoundError, match=r"test=.*gone is not a folder; give one with test_LR and test_HR"):
             load_benchmark(tmp_path / "gone", 4)

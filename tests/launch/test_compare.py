@@ -687,6 +687,16 @@ class FakeRun(Method):
         return self.blur.restore(item)
 
 
+def test_a_run_of_another_scale_is_refused_before_its_network_is_loaded(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"class_path": "papers.dfosd.DFOSD", "init_args": {"scale": 2, "pretrained": "nowhere"}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": settings}))
+    with pytest.raises(UsageError, match="scale=4 of the test set shots is not scale=2 of x2; compare methods"):
+        compare(runs={"x2": tmp_path}, pairs=[pairs], output=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_full_disk_left_of_a_record_is_made_again(pairs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     before = compare(pairs=[pairs], output=output, **QUICK).data["values"]

@@ -1,0 +1,402 @@
+"""Where the pairs of a folder lie: layouts that published sets have, and a refusal of what only looks like pairs.
+
+A folder with an LQ and an HQ sub-folder (`test_LR` and `test_HR`, `lq` and `gt`, `LRbicx4` and `GTmod12`,
+`DIV2K_valid_LR_bicubic/X4` and `DIV2K_valid_HR`) or with both in one folder (`Canon_001_LR4.png`, `Canon_001_HR.png`)
+holds pairs. Names alone make a layout only where files match; a photo tree that has none of this is no layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data.images import ImageError, first_five, image_size, list_images
+
+_LQ_WORD = re.compile(r"(lr|lq)(bicubic|bic|bi|bd|dn|wild|unknown|mild|difficult)?(x?\d{1,2})?")
+_HQ_WORD = re.compile(r"(hr|hq|gt)(mod\d+|x?\d{1,3})?")
+_BESIDES = re.compile(
+    r"bicubic|unknown|wild|mild|difficult|sub|x\d{1,2}|\d{1,2}x|srf\d"
+)  # in names of LQ or HQ folders
+_SCALE = re.compile(r"(?:^|[^a-z0-9]|lr|lq|bic|hr)x(\d{1,2})(?![0-9])|(?:^|[^a-z0-9])srf_?(\d)", re.IGNORECASE)
+_LQ_STEM = re.compile(
+    r"(?P<base>.+?)(?:[_-](?:LR|LQ)(?:[_-]?x?(?P<a>\d{1,2}))?|[_-]?x(?P<b>[2-9]|1\d)[mdw]?\d?)$", re.I
+)
+_HQ_STEM = re.compile(r"(?P<base>.+?)(?:[_-](?:HR|HQ|GT)|_?x1)$", re.I)
+_TURN = re.compile(r"(?P<base>.+)[_-](?P<turn>[A-Za-z]\w*|x?\d{1,2}x?)$")
+_SPLITS = {"train": ("train", "training"), "val": ("valid", "val", "validation"), "test": ("test", "testing")}
+_FACTORS = (2, 3, 4, 6, 8, 16)
+_ALIKE = 0.9  # correlation of 16 x 16 thumbnails
+
+
+@dataclass(frozen=True)
+class PairFolders:
+    """Pairs by name of two folders, whatever their layout.
+
+    Args:
+        lq: Folder of the low-quality images.
+        hq: Folder of their references; may be the same.
+        csv: Table with the columns lq and hq, paths below the two folders, and optionally prompt; null pairs by name.
+    """
+
+    lq: str
+    hq: str
+    csv: str | None = None
+
+    @property
+    def place(self) -> Path:
+        """What the set is called after: the folder above both, or the LQ folder."""
+        lq, hq = Path(self.lq).expanduser().resolve(), Path(self.hq).expanduser().resolve()
+        return lq.parent if lq.parent == hq.parent and lq != hq else lq
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The two folders of a folder's pairs (one folder twice where the names of files tell them apart)."""
+
+    lq: Path
+    hq: Path
+    name: str
+
+
+@dataclass
+class _Site:
+    """LQ and HQ folders of one set, below one folder: path -> factor in its name."""
+
+    lq: dict[Path, int | None] = field(default_factory=dict)
+    hq: dict[Path, int | None] = field(default_factory=dict)
+
+
+def find_layout(folder: Path, scale: int, argument: str) -> Layout | None:
+    """Find the layout of a folder's pairs.
+
+    Args:
+        folder: The folder.
+        scale: Super-resolution factor, which chooses among LQ folders of several factors.
+        argument: The user's argument; `train`, `val` and `test` choose among folders of several splits.
+
+    Returns:
+        The layout, or None for a folder of images without one.
+
+    Raises:
+        ValueError: The folder holds no images, several sets of pairs, none of this scale, or looks paired and is not
+            understood.
+    """
+    files = [path.relative_to(folder) for path, _ in list_images(folder, argument)]
+    found = _two_folders(folder, files, scale, argument) or _one_folder(folder, files, scale, argument)
+    if found is None and argument != "predict":  # a prediction of every image there is what it says
+        _refuse_lookalikes(folder, files, argument)
+    return found
+
+
+def explicit(lq: object, hq: object, argument: str) -> str:
+    """How a user of this argument names the two folders, for messages."""
+    if argument in {"val", "test"}:
+        return f"set data.init_args.{argument} to {{lq: {lq}, hq: {hq}}}"
+    if argument == "pairs":
+        return f"give --data a configuration whose data.init_args.test is {{lq: {lq}, hq: {hq}}}"
+    return f"give {hq if argument == 'train' else lq} alone"
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+
+
+def _role(name: str) -> tuple[str, str] | None:
+    """(`lq` or `hq`, what else its name says) of a folder's name that says either."""
+    words = _words(name)
+    roles = {role for role, word in (("lq", _LQ_WORD), ("hq", _HQ_WORD)) if any(map(word.fullmatch, words))}
+    if words == ["sr", "bicubic"]:  # SeeSR's LQ images, at the size of HQ
+        return "lq", ""
+    if len(roles) != 1:
+        return None
+    other = [word for word in words if not any(map(re.fullmatch, (_LQ_WORD, _HQ_WORD, _BESIDES), [word] * 3))]
+    return roles.pop(), " ".join(other)
+
+
+def _factor(name: str) -> int | None:
+    found = _SCALE.search(name)
+    return int(found[1] or found[2]) if found else None
+
+
+def _two_folders(folder: Path, files: Sequence[Path], scale: int, argument: str) -> Layout | None:
+    sites = _sites(files)
+    if not sites:
+        return None
+    chosen = _of_split_and_scale(sites, scale, argument)
+    if len(chosen) > 1:
+        sets = [f"{_named(site.lq)} with {_named(site.hq)}" for site in chosen.values()]
+        raise ValueError(
+            f"{argument}={folder} holds {len(sets)} sets of pairs: {first_five(sets)}; name the folders one by one, or "
+            f"{explicit(folder / next(iter(next(iter(chosen.values())).lq)), '...', argument)}"
+        )
+    ((parent, _), site) = next(iter(chosen.items()))
+    lq, hq = (_of_scale(getattr(site, side), scale, folder, argument) for side in ("lq", "hq"))
+    pairs, complaints = match_pairs(folder / lq, folder / hq, scale)
+    if not pairs and not any(complaint.startswith("ambiguous ") for complaint in complaints):
+        raise ValueError(
+            f"{argument}={folder} holds {lq} and {hq}, but no name of a file there fits one of the other; give pairs "
+            f"one name, or {explicit(folder / lq, folder / hq, argument)}, csv: a table with the columns lq and hq"
+        )
+    roots = [root for one in sites.values() for root in (*one.lq, *one.hq)]
+    others = [file for file in files if not any(file.is_relative_to(root) for root in roots)]
+    if others and (argument in {"train", "predict"} or not all(file.is_relative_to(parent) for file in others)):
+        raise ValueError(
+            f"{argument}={folder} holds pairs ({lq} with {hq}) and {len(others)} other images: {first_five(others)}; "
+            f"name the folder of those that are meant, or {explicit(folder / lq, folder / hq, argument)}"
+        )
+    return Layout(folder / lq, folder / hq, f"pairs in {lq} and {hq}")
+
+
+def _sites(files: Iterable[Path]) -> dict[tuple[Path, str], _Site]:
+    """Sets of pairs as names of folders tell: (folder above, what else the names say) -> LQ and HQ folders."""
+    found: dict[tuple[Path, str], _Site] = {}
+    for directory in sorted({file.parent for file in files}):
+        parts = directory.parts
+        for depth, part in enumerate(parts):
+            role = _role(part)
+            if role is None:
+                continue
+            end = depth + 1
+            if depth + 1 < len(parts) and re.fullmatch(r"x\d{1,2}(_sub)?", parts[depth + 1], re.IGNORECASE):
+                end += 1
+            root = Path(*parts[:end])
+            site = found.setdefault((Path(*parts[:depth]), role[1]), _Site())
+            getattr(site, role[0])[root] = _factor("/".join(parts[depth:end]))
+            break
+    whole = {key: site for key, site in found.items() if site.lq and site.hq}
+    halves = {key: site for key, site in found.items() if key not in whole}
+    for parent in {parent for parent, _ in halves} - {parent for parent, _ in whole}:
+        lqs, hqs = ([s for (p, _), s in halves.items() if p == parent and getattr(s, side)] for side in ("lq", "hq"))
+        if len(lqs) == len(hqs) == 1:  # my_lr and gt
+            whole[parent, ""] = _Site(lqs[0].lq, hqs[0].hq)
+    return whole
+
+
+def _of_split_and_scale(
+    sites: dict[tuple[Path, str], _Site], scale: int, argument: str
+) -> dict[tuple[Path, str], _Site]:
+    """The sets whose names say the split and the factor, where names of some say so; else all."""
+    wanted = _SPLITS.get("test" if argument == "pairs" else argument, ())
+    wanted = wanted if argument != "test" and argument != "pairs" else (*wanted, *_SPLITS["val"])
+    every = {word for words in _SPLITS.values() for word in words}
+
+    def words(key: tuple[Path, str]) -> set[str]:
+        return set(_words("/".join([key[0].as_posix(), key[1]])))
+
+    if len(sites) > 1 and wanted:
+        of_split = {key: site for key, site in sites.items() if words(key) & set(wanted) or not words(key) & every}
+        sites = of_split or sites
+    if len(sites) > 1:
+        of_scale = {key: site for key, site in sites.items() if _factor(key[0].as_posix()) in (None, scale)}
+        sites = of_scale or sites
+    return sites
+
+
+def _named(roots: Iterable[Path]) -> str:
+    return "/".join(root.as_posix() for root in roots)
+
+
+def _of_scale(roots: dict[Path, int | None], scale: int, folder: Path, argument: str) -> Path:
+    """The one LQ or HQ folder of this factor; one that says the factor goes before one that says none."""
+    exact = [root for root, factor in roots.items() if factor == scale]
+    found = exact or [root for root, factor in roots.items() if factor is None and root.name != "sr_bicubic"]
+    found = found or [root for root, factor in roots.items() if factor is None]
+    if len(found) == 1:
+        return found[0]
+    listed = first_five(root.as_posix() for root in roots)
+    if found:
+        raise ValueError(
+            f"{argument}={folder} holds several folders of one side of its pairs: {listed}; choose: "
+            f"{explicit('...', '...', argument)}"
+        )
+    raise ValueError(f"{argument}={folder} holds {listed}, none of scale={scale}; set scale to a factor that is there")
+
+
+def _one_folder(folder: Path, files: Sequence[Path], scale: int, argument: str) -> Layout | None:
+    """Pairs of files that lie side by side, told apart by how their names end."""
+    lqs: dict[Path, dict[int | None, Path]] = {}
+    hqs: dict[Path, Path] = {}
+    plain = {file.with_suffix(""): file for file in files}
+    for stem, file in plain.items():
+        if lq := _LQ_STEM.match(stem.name):
+            factor = lq["a"] or lq["b"]
+            lqs.setdefault(stem.with_name(lq["base"]), {})[int(factor) if factor else None] = file
+        elif hq := _HQ_STEM.match(stem.name):
+            hqs[stem.with_name(hq["base"])] = file
+    bare = {base: plain[base] for base in lqs.keys() & plain.keys() - hqs.keys()}
+    for base, file in list(bare.items()):
+        factor, small = next(iter(lqs[base].items()))
+        if _ratio(folder / small, folder / file) != (factor or scale):  # an enlarged image may be called _x4 as well
+            del bare[base]
+    paired = lqs.keys() & (hqs.keys() | bare.keys())
+    if 2 * sum(1 + len(lqs[base]) for base in paired) < len(files) or not paired:
+        return None
+    if not any({scale, None} & lqs[base].keys() for base in paired):
+        factors = sorted({factor for base in paired for factor in lqs[base] if factor})
+        raise ValueError(f"{argument}={folder} holds pairs of scale {factors}, none of scale={scale}; set scale to one")
+    return Layout(folder, folder, "pairs side by side, as names with _LR4 and _HR")
+
+
+def _ratio(lq: Path, hq: Path) -> int | None:
+    """How many times larger one is than the other, if that is a usual factor."""
+    try:
+        return _ratio_of(image_size(lq), image_size(hq))
+    except ImageError:
+        return None
+
+
+def _ratio_of(small: tuple[int, int], large: tuple[int, int]) -> int | None:
+    """The usual factor between two sizes, the larger of which may be over by a rest."""
+    return next((factor for factor in _FACTORS if (large[0] // factor, large[1] // factor) == small), None)
+
+
+def _refuse_lookalikes(folder: Path, files: Sequence[Path], argument: str) -> None:
+    """Refuse a folder with small and large versions of the same images that no layout explains.
+
+    Raises:
+        ValueError: Files of one name in two folders, or of names that end in two ways, show the same at a usual factor.
+    """
+    places: dict[tuple[object, ...], dict[tuple[object, ...], dict[str, Path]]] = {}
+    for file in files:
+        parts, stem = file.parent.parts, file.stem
+        for i, part in enumerate(parts):
+            names = places.setdefault((parts[:i],), {})
+            names.setdefault((parts[i + 1 :], stem), {})[part] = file
+        if turn := _TURN.match(stem):
+            places.setdefault((parts, "names"), {}).setdefault((turn["base"],), {})[turn["turn"]] = file
+    for names in places.values():
+        groups = [group for _, group in sorted(names.items(), key=str) if len(group) > 1]
+        if not groups:
+            continue
+        probes = [groups[0], groups[len(groups) // 2], groups[-1]]
+        alike = _same_at_a_factor(folder, probes[0])
+        for probe in probes[1:]:
+            alike = alike and alike & _same_at_a_factor(folder, probe)
+        for small, large, factor in sorted(alike):
+            both = sum(small in group and large in group for group in groups)
+            if 2 * both < sum(small in group for group in names.values()):
+                continue
+            lq, hq = probes[0][small], probes[0][large]
+            raise ValueError(
+                f"{argument}={folder} looks like {both} pairs of an unknown layout: {lq} shows the same as {hq} at "
+                f"1/{factor} of its size; {explicit(folder / lq.parent, folder / hq.parent, argument)}"
+                + (", csv: a table with the columns lq and hq" if lq.parent == hq.parent else "")
+            )
+
+
+def _same_at_a_factor(folder: Path, group: dict[str, Path]) -> set[tuple[str, str, int]]:
+    """(small, large, factor) of the files of one name, 16 at most, that show the same at a usual factor."""
+    some = sorted(group.items())[:16]
+    try:
+        sizes = {name: image_size(folder / file) for name, file in some}
+    except ImageError:
+        return set()
+    factors = {
+        (small, large): factor
+        for small in sizes
+        for large in sizes
+        if (factor := _ratio_of(sizes[small], sizes[large])) is not None
+    }
+    thumbnails = {name: _thumbnail(folder / group[name]) for name in {name for pair in factors for name in pair}}
+    return {
+        (small, large, factor)
+        for (small, large), factor in factors.items()
+        if float(np.mean(thumbnails[small] * thumbnails[large])) > _ALIKE
+    }
+
+
+def _thumbnail(path: Path) -> NDArray[np.float64]:
+    """16 x 16 grey pixels of mean 0 and variance 1; zeros of an image that is flat or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.draft("L", (32, 32))
+            pixels = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), np.float64)
+    except (OSError, ValueError, SyntaxError):
+        return np.zeros((16, 16))
+    return (pixels - pixels.mean()) / max(float(pixels.std()), 1.0)
+
+
+def _lq_base(stem: str, scale: int) -> str | None:
+    """Stem of an LQ image of this factor without its suffix: Canon_001 of Canon_001_LR4, 0001 of 0001x4."""
+    found = _LQ_STEM.match(stem)
+    factor = (found["a"] or found["b"]) if found else None
+    return found["base"] if found and factor in (None, str(scale)) else None
+
+
+def _hq_base(stem: str) -> str | None:
+    """Stem of an HQ image without its suffix: Canon_001 of Canon_001_HR, Canon_10 of Canon_10_x1."""
+    found = _HQ_STEM.match(stem)
+    return found["base"] if found else None
+
+
+def _in_one_folder(files: Sequence[Path], scale: int) -> tuple[list[Path], list[Path]]:
+    """LQ files of this factor and HQ files of a folder that holds both; those of other factors are left out."""
+    wanted: dict[Path, set[bool]] = {}  # stem without suffix -> whether its LQ files are of this factor
+    lqs, hqs = [], []
+    for file in files:
+        if found := _LQ_STEM.match(file.stem):
+            right = _lq_base(file.stem, scale) is not None
+            wanted.setdefault(file.with_name(found["base"]), set()).add(right)
+            lqs += [file] if right else []
+    named = {file: file.with_name(base) for file in files if (base := _hq_base(file.stem)) is not None}
+    hqs += [file for file, base in named.items() if wanted.get(base) != {False}]
+    bases = {base for base, rights in wanted.items() if True in rights} - set(named.values())
+    hqs += [file for file in files if file.with_suffix("") in bases]
+    return lqs, hqs
+
+
+def _by_stem(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    stems: dict[str, list[Path]] = {}
+    for file in files:
+        stems.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    return stems
+
+
+def match_pairs(lq_dir: Path, hq_dir: Path, scale: int) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Pair the files of two folders by name: equal stems first, then stems without the usual suffixes, in any case.
+
+    Both may be one folder (RealSR's own layout); then suffixes alone tell LQ from HQ.
+
+    Args:
+        lq_dir: Folder of LQ images.
+        hq_dir: Folder of HQ images.
+        scale: Super-resolution factor, part of some suffixes.
+
+    Returns:
+        (LQ, HQ) pairs in order of the LQ names, and a complaint about each file without a partner of its own.
+    """
+    lq_files = [path for path, _ in list_images(lq_dir, "lq_dir")]
+    hq_files = [path for path, _ in list_images(hq_dir, "hq_dir")]
+    if lq_dir.resolve() == hq_dir.resolve():
+        lq_files, hq_files = _in_one_folder(lq_files, scale)
+    lq_stems, hq_stems = _by_stem(lq_dir, lq_files), _by_stem(hq_dir, hq_files)
+
+    pairs: list[tuple[Path, Path]] = []
+    complaints: list[str] = []
+
+    def settle(lqs: list[Path], hqs: list[Path]) -> None:
+        if len(lqs) == len(hqs) == 1:
+            pairs.append((lqs[0], hqs[0]))
+        elif lqs and hqs:
+            complaints.append("ambiguous " + " / ".join(str(path) for path in (*lqs, *hqs)))
+        else:
+            side = "LQ without HQ" if lqs else "HQ without LQ"
+            complaints.extend(f"{side} {path}" for path in (*lqs, *hqs))
+
+    for stem in sorted(lq_stems.keys() & hq_stems.keys()):
+        settle(lq_stems.pop(stem), hq_stems.pop(stem))
+    lq_bases: dict[str, list[Path]] = {}
+    hq_bases: dict[str, list[Path]] = {}
+    for stem, files in lq_stems.items():
+        lq_bases.setdefault((_lq_base(stem, scale) or stem).casefold(), []).extend(files)
+    for stem, files in hq_stems.items():
+        hq_bases.setdefault((_hq_base(stem) or stem).casefold(), []).extend(files)
+    for base in sorted(lq_bases.keys() | hq_bases.keys()):
+        settle(lq_bases.get(base, []), hq_bases.get(base, []))
+    return sorted(pairs), complaints
