@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from data.images import read_image
 from data.inventory import Inventory
 from data.photos import PHOTOS, Photo, Split
 
@@ -19,7 +20,7 @@ Jitter = Literal["none", "gain", "colour"]
 
 
 def _load(photo: Photo, factor: float) -> Pixels:
-    image = Image.open(photo.path).convert("RGB")
+    image = Image.fromarray(read_image(photo.path))
     size = (round(image.width * factor), round(image.height * factor))
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS) if factor != 1 else image)
 

@@ -33,10 +33,12 @@ from data.images import (
     list_entries,
     list_images,
     read_image,
+    read_raster,
     read_table,
 )
 from data.inventory import Inventory, unused_files
 from data.layouts import explicit, match_pairs
+from data.rasters import Raster
 from data.sampler import SampleKey
 
 Sample = dict[str, Any]
@@ -305,7 +307,7 @@ class HQImages(Dataset[Sample]):
         self._files = distinct
         self._file = [number[path] for path in self.paths]  # place -> its file, which windows share
         self._unreadable = torch.zeros(len(distinct), dtype=torch.bool).share_memory_()  # seen by all workers
-        self._cached: dict[tuple[Path, Window | None, float], Pixels] = {}
+        self._cached: dict[tuple[Path, Window | None, float], Raster] = {}
 
     def __len__(self) -> int:
         return len(self._items)
@@ -329,27 +331,28 @@ class HQImages(Dataset[Sample]):
         unused = unused_files(self.source, [*used, *self.texts.files], reasons, "not used")
         return Inventory(argument, _shown(self.source), len(used), layout, unused)
 
-    def _photo(self, item: int) -> Pixels:
+    def _photo(self, item: int) -> Raster:
         place, factor = self._items[item]
         path, window = self.paths[place], self.windows[place]
         key = path, window, factor
         if key in self._cached:
             return self._cached[key]
-        photo = read_image(path)
+        photo = read_raster(path)
         if window is not None:
-            height, width = photo.shape[:2]
+            height, width = photo.size
             if window.top + window.side > height or window.left + window.side > width:
                 raise ImageError(
                     f"{path} is {width}x{height}, but {self.argument} has a window of it with top={window.top}, "
                     f"left={window.left}, side={window.side}; put back the photo it was made for, or make it again"
                 )
-            photo = photo[window.top : window.top + window.side, window.left : window.left + window.side].copy()
-        photo = resize_by(photo, factor)
+            photo = photo.crop(window.top, window.left, window.side, window.side)
+        if factor != 1:
+            photo = Raster(resize_by(photo.rgb(), factor))
         if self.cache:
             self._cached[key] = photo
         return photo
 
-    def _readable_photo(self, index: int) -> tuple[int, Pixels]:
+    def _readable_photo(self, index: int) -> tuple[int, Raster]:
         """Photo of the key's item, or of the next that can be read, and that item."""
         for item in (*range(index, len(self._items)), *range(index)):
             file = self._file[self._items[item][0]]
@@ -367,14 +370,13 @@ class HQImages(Dataset[Sample]):
             f"{first_five(self._files)}; replace the files"
         )
 
-    def _crop(self, photo: Pixels, rng: np.random.Generator) -> Pixels:
+    def _crop(self, photo: Raster, rng: np.random.Generator) -> Pixels:
         size = self.crop_size
-        height, width = photo.shape[:2]
+        top, left = (int(rng.integers(max(side, size) - size + 1)) for side in photo.size)
+        crop = photo.crop(top, left, size, size).rgb()
+        height, width = crop.shape[:2]
         if height < size or width < size:
-            below, right = max(0, size - height), max(0, size - width)
-            photo = np.pad(photo, ((0, below), (0, right), (0, 0)), mode="reflect")
-        top, left = (int(rng.integers(side - size + 1)) for side in photo.shape[:2])
-        crop = photo[top : top + size, left : left + size]
+            crop = np.pad(crop, ((0, size - height), (0, size - width), (0, 0)), mode="reflect")
         if self.flips:
             mirrored, turns = bool(rng.integers(2)), int(rng.integers(4))
             crop = np.rot90(crop[:, ::-1] if mirrored else crop, turns)
@@ -708,7 +710,7 @@ class DegradedCrops(Dataset[Sample]):
             raise ValueError(f"{argument}: no photo holds a crop of crop_size={crop_size}; set a smaller crop_size")
         keep = len(grid) if max_crops is None else min(max_crops, len(grid))
         self._grid_places = [grid[i * len(grid) // keep] for i in range(keep)]
-        self._last: tuple[int, Pixels] | None = None  # crops come photo by photo
+        self._last: tuple[int, Raster] | None = None  # crops come photo by photo
 
     def _grid(self, path: Path, on_error: OnError) -> list[tuple[int, int]]:
         try:
@@ -745,9 +747,9 @@ class DegradedCrops(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         photo, row, column, seed = self._grid_places[index]
         if self._last is None or self._last[0] != photo:
-            self._last = photo, read_image(self.paths[photo])
+            self._last = photo, read_raster(self.paths[photo])
         size = self.crop_size
-        hq = np.ascontiguousarray(self._last[1][row * size : (row + 1) * size, column * size : (column + 1) * size])
+        hq = np.ascontiguousarray(self._last[1].crop(row * size, column * size, size, size).rgb())
         crop = f"{self.names[photo]}_r{row}c{column}"
         lq = degrade(hq, self.degradation, self.scale, sample_rng(seed, 0, zlib.crc32(crop.encode())))
         return {

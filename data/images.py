@@ -1,6 +1,7 @@
 """Image files in and out: whatever a folder holds becomes uint8 RGB, or an error that names the file.
 
-Colour profiles are not applied: like the field's own loaders, a file's numbers are taken as sRGB.
+Colour profiles are applied here and nowhere else: all that leaves `read_image` is sRGB. The field's own loaders take a
+file's numbers as sRGB, whatever its profile says.
 """
 
 from __future__ import annotations
@@ -8,26 +9,23 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
-import io
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
-Pixels = NDArray[np.uint8]
+from data.colours import Pixels as Pixels
+from data.rasters import MOST_TEXT, Raster, decode, size_of
+
 Source = str | Path | Sequence[str | Path]
 
 IMAGE_EXTENSIONS = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}
 )
-_ORIENTATION = 0x0112  # EXIF and TIFF tag
-_BITS_PER_SAMPLE = 258  # TIFF tag
 _META_INFO_SIZE = re.compile(r"\s+\(\d+,\s*\d+(,\s*\d+)?\)$")  # BasicSR meta_info: "name.png (480,480,3)"
 
 
@@ -82,69 +80,40 @@ def _bytes(path: str | Path) -> bytes:
     return data
 
 
-def _bits_per_channel(image: Image.Image, data: bytes) -> int:
-    """Stored bits of one channel, which PIL's mode hides for RGB and RGBA files."""
-    if image.format == "PNG":
-        return data[24]  # IHDR: 8 bytes signature, 8 chunk head, 4 width, 4 height, then the depth
-    if image.format == "TIFF":
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))
-        return max(bits) if isinstance(bits, tuple) else int(bits)
-    return 8
+def read_raster(path: str | Path) -> Raster:
+    """Decode an image file of any common kind, with the colours that its profile describes; `rgb` makes them sRGB.
+
+    Orientation is applied. Of an animation or a file of several pages the first one is taken.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ImageError: The file is missing, empty, truncated, no image, too large for the memory there is, or of a kind
+            that is refused; the message names the file and the reason.
+    """
+    data = _bytes(path)
+    try:
+        return decode(data, path)
+    except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        raise _image_error(path, _reason(error)) from error
 
 
-def _to_8_bit(values: NDArray) -> Pixels:
-    """Round 16-bit values / 257 (65535 -> 255), (H, W) or (H, W, C)."""
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _on_white(rgb: Pixels, alpha: Pixels) -> Pixels:
-    """Composite (H, W, 3) colours with (H, W) alpha over white, rounded."""
-    a = alpha[..., None].astype(np.uint32)
-    return ((rgb * a + 255 * (255 - a) + 127) // 255).astype(np.uint8)
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info
-
-
-def _decode(image: Image.Image, data: bytes) -> Pixels:
-    """PIL's image to (H, W, 3), see read_image."""
-    deep = _bits_per_channel(image, data) > 8
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    if deep and image.format == "TIFF" and orientation != 1:
-        # OpenCV's releases disagree about turning such files
-        raise ValueError(f"16-bit TIFF with orientation tag {orientation} is not supported, save it upright")
-    image.load()  # the whole file is read here, so a truncated one fails
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        return np.repeat(_to_8_bit(np.asarray(image))[..., None], 3, axis=2)
-    if image.mode in {"I", "F"}:
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range, save it with 8 or 16 bits")
-    if not deep:
-        if _has_alpha(image):
-            rgba = np.asarray(image.convert("RGBA"))
-            return _on_white(rgba[..., :3], rgba[..., 3])
-        return np.asarray(image.convert("RGB"))
-    # PIL cuts 16-bit RGB off to its high byte; OpenCV keeps all bits (but no alpha under this flag)
-    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if bgr is None or bgr.dtype != np.uint16:
-        raise ValueError(f"{image.format} with more than 8 bits (mode {image.mode}) is not supported, save it as PNG")
-    rgb = _to_8_bit(bgr[..., ::-1])
-    if orientation != 1:
-        upright = Image.fromarray(rgb)
-        upright.getexif()[_ORIENTATION] = orientation
-        ImageOps.exif_transpose(upright, in_place=True)
-        rgb = np.asarray(upright)
-    return _on_white(rgb, np.asarray(image.convert("RGBA"))[..., 3]) if _has_alpha(image) else rgb
+def _reason(error: Exception) -> object:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image PIL can identify"
+    if "MAX_TEXT" in str(error):  # PIL's advice is to change its constant
+        return f"its texts or its colour profile take more than {MOST_TEXT} bytes; save it without them"
+    return error
 
 
 def read_image(path: str | Path) -> Pixels:
-    """Read any common image file as 8-bit RGB.
+    """Read any common image file as 8-bit sRGB.
 
-    EXIF orientation is applied. Grey, palette, CMYK and grey-alpha files become RGB. Transparent pixels are composited
-    over white, what viewers show; merely dropping alpha would bring up colours nobody has ever seen. 16-bit files are
-    divided by 257 and rounded. Of an animation the first frame is taken.
+    Orientation is applied. Grey, palette, CMYK and grey-alpha files become RGB. Colours are converted from the file's
+    profile to sRGB; a file without one is sRGB already. Transparent pixels are composited over white, what viewers
+    show; merely dropping alpha would bring up colours nobody has ever seen. 16-bit values are divided by 257 and
+    rounded. Of an animation the first frame is taken.
 
     Args:
         path: The file.
@@ -153,35 +122,22 @@ def read_image(path: str | Path) -> Pixels:
         (H, W, 3) uint8, RGB, own and writable memory.
 
     Raises:
-        ImageError: The file is missing, empty, truncated, no image, or of a kind that is refused (32-bit pixels,
-            16-bit TIFF with an orientation tag); the message names the file and the reason.
+        ImageError: As for `read_raster`; 32-bit pixels are refused, for instance.
     """
-    data = _bytes(path)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = _decode(image, data)
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        reason = "not an image PIL can identify" if isinstance(error, UnidentifiedImageError) else error
-        raise _image_error(path, reason) from error
-    return np.array(pixels, dtype=np.uint8, order="C")
+    return np.array(read_raster(path).rgb(), dtype=np.uint8, order="C")
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width in px, with EXIF orientation applied; most kinds need only their header read.
+    """Height and width in px of what `read_image` gives; most kinds need only their header read.
 
     Raises:
-        ImageError: The header cannot be read.
+        ImageError: The header cannot be read, or says that `read_image` refuses the file.
     """
     try:
-        with Image.open(path) as image:
-            if image.format == "TIFF":
-                image.load()  # PIL turns such files by itself, some releases at opening, some at loading
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    except Exception as error:  # as in read_image
-        reason = "not an image PIL can identify" if isinstance(error, UnidentifiedImageError) else error
-        raise _image_error(path, reason) from error
-    return (width, height) if turned else (height, width)
+        with Path(path).open("rb") as file:
+            return size_of(file)
+    except Exception as error:  # as in read_raster
+        raise _image_error(path, _reason(error)) from error
 
 
 def _walk(folder: Path) -> list[Path]:
