@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.images import ImageError, first_five, image_size, list_images
+from data.images import ImageError, first_five, image_size, list_images, read_image
 
 _LQ_WORD = re.compile(r"(lr|lq)(bicubic|bic|bi|bd|dn|wild|unknown|mild|difficult)?(x?\d{1,2})?")
 _HQ_WORD = re.compile(r"(hr|hq|gt)(mod\d+|x?\d{1,3})?")
@@ -30,6 +30,7 @@ _LQ_STEM = re.compile(
 _HQ_STEM = re.compile(r"(?P<base>.+?)(?:[_-](?:HR|HQ|GT)|_?x1)$", re.I)
 _TURN = re.compile(r"(?P<base>.+)[_-](?P<turn>[A-Za-z]\w*|x?\d{1,2}x?)$")
 _SPLITS = {"train": ("train", "training"), "val": ("valid", "val", "validation"), "test": ("test", "testing")}
+_DIFFERENT = "?"  # said of LQ and HQ folders whose names differ in more than that
 _FACTORS = (2, 3, 4, 6, 8, 16)
 _ALIKE = 0.9  # correlation of 16 x 16 thumbnails
 
@@ -131,18 +132,22 @@ def _two_folders(folder: Path, files: Sequence[Path], scale: int, argument: str)
     chosen = _of_split_and_scale(sites, scale, argument)
     if len(chosen) > 1:
         sets = [f"{_named(site.lq)} with {_named(site.hq)}" for site in chosen.values()]
+        first = next(iter(chosen.values()))
         raise ValueError(
             f"{argument}={folder} holds {len(sets)} sets of pairs: {first_five(sets)}; name the folders one by one, or "
-            f"{explicit(folder / next(iter(next(iter(chosen.values())).lq)), '...', argument)}"
+            f"{explicit(folder / next(iter(first.lq)), folder / next(iter(first.hq)), argument)}"
         )
-    ((parent, _), site) = next(iter(chosen.items()))
+    ((parent, said), site) = next(iter(chosen.items()))
     lq, hq = (_of_scale(getattr(site, side), scale, folder, argument) for side in ("lq", "hq"))
     pairs, complaints = match_pairs(folder / lq, folder / hq, scale)
+    if said == _DIFFERENT and not (pairs and _ratio(*pairs[0])):  # Ford GT, LR exports
+        return None
     if not pairs and not any(complaint.startswith("ambiguous ") for complaint in complaints):
         raise ValueError(
             f"{argument}={folder} holds {lq} and {hq}, but no name of a file there fits one of the other; give pairs "
             f"one name, or {explicit(folder / lq, folder / hq, argument)}, csv: a table with the columns lq and hq"
         )
+    _refuse_splits(folder, [file for file in files if file.is_relative_to(lq) or file.is_relative_to(hq)], argument, hq)
     roots = [root for one in sites.values() for root in (*one.lq, *one.hq)]
     others = [file for file in files if not any(file.is_relative_to(root) for root in roots)]
     if others and (argument in {"train", "predict"} or not all(file.is_relative_to(parent) for file in others)):
@@ -174,7 +179,7 @@ def _sites(files: Iterable[Path]) -> dict[tuple[Path, str], _Site]:
     for parent in {parent for parent, _ in halves} - {parent for parent, _ in whole}:
         lqs, hqs = ([s for (p, _), s in halves.items() if p == parent and getattr(s, side)] for side in ("lq", "hq"))
         if len(lqs) == len(hqs) == 1:  # my_lr and gt
-            whole[parent, ""] = _Site(lqs[0].lq, hqs[0].hq)
+            whole[parent, _DIFFERENT] = _Site(lqs[0].lq, hqs[0].hq)
     return whole
 
 
@@ -182,15 +187,14 @@ def _of_split_and_scale(
     sites: dict[tuple[Path, str], _Site], scale: int, argument: str
 ) -> dict[tuple[Path, str], _Site]:
     """The sets whose names say the split and the factor, where names of some say so; else all."""
-    wanted = _SPLITS.get("test" if argument == "pairs" else argument, ())
-    wanted = wanted if argument != "test" and argument != "pairs" else (*wanted, *_SPLITS["val"])
+    wanted = {*_SPLITS["test"], *_SPLITS["val"]} if argument in {"test", "pairs"} else {*_SPLITS.get(argument, ())}
     every = {word for words in _SPLITS.values() for word in words}
 
     def words(key: tuple[Path, str]) -> set[str]:
         return set(_words("/".join([key[0].as_posix(), key[1]])))
 
     if len(sites) > 1 and wanted:
-        of_split = {key: site for key, site in sites.items() if words(key) & set(wanted) or not words(key) & every}
+        of_split = {key: site for key, site in sites.items() if words(key) & wanted or not words(key) & every}
         sites = of_split or sites
     if len(sites) > 1:
         of_scale = {key: site for key, site in sites.items() if _factor(key[0].as_posix()) in (None, scale)}
@@ -240,7 +244,25 @@ def _one_folder(folder: Path, files: Sequence[Path], scale: int, argument: str) 
     if not any({scale, None} & lqs[base].keys() for base in paired):
         factors = sorted({factor for base in paired for factor in lqs[base] if factor})
         raise ValueError(f"{argument}={folder} holds pairs of scale {factors}, none of scale={scale}; set scale to one")
+    _refuse_splits(folder, files, argument)
     return Layout(folder, folder, "pairs side by side, as names with _LR4 and _HR")
+
+
+def _refuse_splits(folder: Path, files: Iterable[Path], argument: str, root: Path = Path()) -> None:
+    """Refuse pairs of several splits, such as Canon/Train/4 and Canon/Test/4.
+
+    Raises:
+        ValueError: Folders below the root of the HQ images, or those above all files, are called after several splits.
+    """
+    found: dict[str, Path] = {}
+    for directory in sorted({file.parent for file in files if file.is_relative_to(root)}):
+        words = set(_words(directory.relative_to(root).as_posix()))
+        found |= {split: directory for split, names in _SPLITS.items() if words & set(names)}
+    if len(found) > 1:
+        raise ValueError(
+            f"{argument}={folder} holds pairs of several splits: {first_five(found.values())}; name the folder of one, "
+            f"or {explicit('...', '...', argument)}"
+        )
 
 
 def _ratio(lq: Path, hq: Path) -> int | None:
@@ -263,7 +285,10 @@ def _refuse_lookalikes(folder: Path, files: Sequence[Path], argument: str) -> No
         ValueError: Files of one name in two folders, or of names that end in two ways, show the same at a usual factor.
     """
     places: dict[tuple[object, ...], dict[tuple[object, ...], dict[str, Path]]] = {}
+    above = {file.parts[:i] for file in files for i, part in enumerate(file.parts[:-1]) if _role(part)}
     for file in files:
+        if file.parts[:-1] in above:  # a.png and LR/a.png
+            places.setdefault((file.parts[:-1],), {}).setdefault(((), file.stem), {})["."] = file
         parts, stem = file.parent.parts, file.stem
         for i, part in enumerate(parts):
             names = places.setdefault((parts[:i],), {})
@@ -314,11 +339,10 @@ def _same_at_a_factor(folder: Path, group: dict[str, Path]) -> set[tuple[str, st
 def _thumbnail(path: Path) -> NDArray[np.float64]:
     """16 x 16 grey pixels of mean 0 and variance 1; zeros of an image that is flat or cannot be read."""
     try:
-        with Image.open(path) as image:
-            image.draft("L", (32, 32))
-            pixels = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), np.float64)
-    except (OSError, ValueError, SyntaxError):
+        grey = Image.fromarray(read_image(path)).convert("L")
+    except ImageError:
         return np.zeros((16, 16))
+    pixels = np.asarray(grey.resize((16, 16), Image.Resampling.BOX), np.float64)
     return (pixels - pixels.mean()) / max(float(pixels.std()), 1.0)
 
 

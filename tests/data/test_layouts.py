@@ -105,6 +105,16 @@ def test_every_layout_gives_its_pairs_in_test_and_validation(tmp_path: Path, nam
             np.testing.assert_allclose(sample["lq"].permute(1, 2, 0).numpy(), blocks, atol=1)
 
 
+def test_of_several_splits_and_factors_the_one_asked_for_is_taken(tmp_path: Path) -> None:
+    folder = make(tmp_path / "set", LAYOUTS["DIV2K whole"])
+    train = find_layout(folder, 4, "train")
+    assert train is not None
+    assert (train.lq, train.hq) == (folder / "DIV2K_train_LR_bicubic/X4", folder / "DIV2K_train_HR")
+    folder = make(tmp_path / "benchmark", LAYOUTS["EDSR's benchmark"])
+    found = [find_layout(folder, scale, "test") for scale in (2, 4)]
+    assert [layout and layout.lq.name for layout in found] == ["X2", "X4"]
+
+
 @pytest.mark.parametrize("name", ["LR and HR", "RealSR v3, one folder", "DIV2K"])
 def test_training_takes_the_hq_side_and_prediction_the_lq_side(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path / "set", LAYOUTS[name])
@@ -138,6 +148,8 @@ def test_validation_degrades_photos_and_never_pairs(tmp_path: Path) -> None:
     [
         {f"{year}/IMG_000{i}.jpg": (7 * k + i, k + 1) for k, year in enumerate(("2019", "2020")) for i in range(3)},
         {"a.png": (0, 1), "holiday/a.png": (1, 2), "holiday/HR/a.png": (2, 4), "b/c/a.png": (3, 1)},  # HR: Croatia
+        {"Ford GT/IMG_1.jpg": (0, 1), "LR exports/IMG_1.jpg": (1, 1)},
+        {"Ford GT/a.jpg": (0, 1), "LR/b.jpg": (0, 4)},
         {f"{kind}/{i}.png": (i, 1) for kind in ("raw", "edited") for i in range(3)},  # the same at one size
         {f"class_{kind}/{i}.png": (10 * kind + i, 1 + kind % 2) for kind in range(9) for i in range(2)},
         {"max2.png": (0, 1), "Canon_1_HR.png": (1, 1), "b_LR4.png": (2, 4), "c.png": (3, 1), "0801x4.png": (4, 4)},
@@ -159,6 +171,21 @@ def test_a_photo_tree_is_never_refused(tmp_path: Path, tree: dict[str, tuple[int
         ),
         (two("set/in", "set/out"), r"looks like 2 pairs .* {lq: .*set/in, hq: .*set/out}"),
         (two(".", ".", "{}_before.png", "{}_after.png"), r"looks like 2 pairs .* csv: a table with"),
+        (two("LR", "."), r"looks like 2 pairs .*: LR/0801\.png shows the same as 0801\.png at 1/4"),
+        (two("a", "a/HR"), r"looks like 2 pairs .*: a/0801\.png shows the same as a/HR/0801\.png at 1/4"),
+        (
+            {
+                f"Canon/{split}/4/{i}_{end}": (i, f)
+                for i in (0, 1)
+                for end, f in (("LR4.png", 4), ("HR.png", 1))
+                for split in ("Train", "Test")
+            },
+            r"holds pairs of several splits: Canon/Test/4, Canon/Train/4; name",
+        ),
+        (
+            {**two("LR/train", "HR/train"), **two("LR/valid", "HR/valid")},
+            r"holds pairs of several splits: HR/train, HR/v",
+        ),
         (two("LR", "HR", "a{}.png", "b{}.png"), r"holds LR and HR, but no name .* fits .* {lq: .*LR, hq: .*HR}"),
         (
             {**two("A/LR", "A/HR"), **two("B/lq", "B/gt")},
