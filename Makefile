@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 SLOW_FIRST := tests/launch tests/papers tests/common tests/data tests/test_*.py
 
-.PHONY: help setup demo test test-long lint bench foundation
+.PHONY: help setup demo test test-long lint bench gpu foundation
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,7 +27,13 @@ lint: .venv/.dev  ## style, format and types
 	$(BIN)/mypy
 
 bench: .venv/.core  ## run the speed comparisons of benchmarks/
-	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+	@set -e; for name in degradation metrics train_step "paper_scale --device cpu --tiny"; do \
+		set -- $$name; file=benchmarks/$$1.py; shift; echo "$$file $$*"; $(BIN)/python $$file "$$@"; done
+
+gpu: .venv/.dev  ## on one GPU: every demo row on CUDA against the CPU, then steps at paper scale (docs/performance.md)
+	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python benchmarks/paper_scale.py
+	$(BIN)/python benchmarks/report.py
 
 foundation: .venv/.core  ## train the embedded tiny foundation again (an hour or two)
 	$(BIN)/isr foundation

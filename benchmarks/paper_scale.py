@@ -43,12 +43,12 @@ SD = "--model.pretrained=random:sd21"
 SEESR = [
     "--model.base.init_args.pretrained=random:sd21",
     "--model.base.init_args.networks=random:seesr",
-    "--model.base.init_args.tagger=null",
+    "--model.base.init_args.tagger=papers.rfsr.Untagged",
     "--model.gram_weights=random",
     '--model.rewards={"sharpness": 1.0e-3}',  # CLIP-IQA and ImageReward need their weights
 ]
 FLUX = ["--model.pretrained=random:flux_kontext", "--model.keep_text_encoders=false", "--model.dists_weights=random"]
-WEIGHTLESS = ["--model.rewards=[sharpness, neutrality, neg_mse]", "--model.lambda_dists=0"]
+WEIGHTLESS = "--model.rewards=[sharpness, neutrality, neg_mse]"  # the paper's need their weights
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ ITEMS: list[Step | Restore | Feed] = [
     Step(
         "dnf_sr/kontext_nf2t",
         **_NF2T,
-        overrides=[*FLUX, *WEIGHTLESS, "--model.sft={sft}"],
+        overrides=[*FLUX, WEIGHTLESS, "--model.sft={sft}"],
         tiny=_TINY_NF2T,
         sizes=(1,),
         steps=1,

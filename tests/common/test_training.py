@@ -165,3 +165,10 @@ def test_without_a_trainer_everything_is_built_unless_told_otherwise(
     assert torch.equal(lean.net.weight, average)
     with pytest.raises(ValueError, match=r"4 unknown \['critic\."):
         load_trained_weights(lean, path, lean.checkpoint_keys())
+
+
+def test_cudnn_attention_is_off_once_networks_are_built(make: Callable[[], Toy]) -> None:
+    """Its backward pass gives NaN for some shapes; tests/papers/test_cuda.py trains in bf16 where there is a GPU."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make().configure_model()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

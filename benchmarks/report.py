@@ -1,0 +1,84 @@
+"""Write docs/performance.md from benchmarks/results/*.json: python benchmarks/report.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+HEAD = """# Performance
+
+`make gpu` fills this page on one GPU: it runs every demo row on CUDA against the CPU, then
+[benchmarks/paper_scale.py](../benchmarks/paper_scale.py), then `python benchmarks/report.py`. A second call measures
+what is missing. Networks have the paper's size and random weights, images are noise, one text is encoded and kept. A
+step holds everything that the configuration trains, discriminators and teachers too. TF32 is off, which is torch's
+default, and the VAE works in float32, which is the methods' default.
+"""
+NONE = "\nNot yet measured on a GPU.\n"
+COLUMNS = (
+    "| configuration | crop | batch | ms a step | images a second | peak memory | bf16 rate reached | most time in |\n"
+)
+
+
+def page(results: Path = RESULTS) -> str:
+    """Text of the page."""
+    devices = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    return HEAD + ("".join(_device(found) for found in devices) if devices else NONE)
+
+
+def _device(found: Mapping[str, Any]) -> str:
+    about, items = found["about"], found["items"]
+    memory = f" {about['memory_gb']:.0f} GB," if "memory_gb" in about else ""
+    lines = [
+        f"\n## {about['device']}\n\n{about['date']},{memory} driver {about.get('driver', 'none')}, "
+        f"torch {about['torch']}, diffusers {about['diffusers']},\n"
+        f"Python {about['python']}, commit {about['commit']}. A bf16 matrix product of "
+        f"this card reaches {about['bf16_matmul_tflop_per_s']:.0f} TFLOP a second;\nthe rate below is a step's share of "
+        f"it, operations counted by torch.\n\n{COLUMNS}|{'---|' * 8}\n",
+    ]
+    for name, item in items.items():
+        lines += [_step(name, item, size, figures, about) for size, figures in item.get("batches", {}).items()]
+        if "failed" in item or item.get("stopped"):
+            lines.append(f"| {name} | | | {item.get('failed') or item['stopped']} | | | | |\n")
+    restored = [
+        f"| {name.removeprefix('restore ')} | {side} | {figures.get('ms_per_image', figures.get('stopped'))} | "
+        f"{figures.get('peak_gb', '')} |\n"
+        for name, item in items.items()
+        for side, figures in item.get("sides", {}).items()
+    ]
+    if restored:
+        lines += ["\n| restoring | size | ms an image | peak GB |\n|---|---|---|---|\n", *restored]
+    for key, figures in items.get("feeding", {}).items():
+        if key.endswith("workers"):
+            lines.append(f"\nFeeding, {key}: {figures['pairs_per_s']} training pairs a second.\n")
+    missing = [name for name in _names() if name not in items]
+    if missing:
+        lines.append(f"\nNot measured: {', '.join(missing)}.\n")
+    return "".join(lines)
+
+
+def _step(name: str, item: Mapping[str, Any], size: str, figures: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    share = figures["tflop_per_s"] / about["bf16_matmul_tflop_per_s"]
+    parts = sorted(figures["ms_by_part"].items(), key=lambda part: -part[1])[:3]
+    total = sum(figures["ms_by_part"].values())
+    most = ", ".join(f"{part.partition(':')[0]} {ms / total:.0%}" for part, ms in parts)
+    return (
+        f"| {name} | {item['crop']} px | {size} | {figures['ms_per_step']:.0f} | {figures['images_per_s']:.2f} | "
+        f"{figures['peak_gb']:.1f} GB | {share:.1%} | {most} |\n"
+    )
+
+
+def _names() -> list[str]:
+    from paper_scale import ITEMS
+
+    return [item.name for item in ITEMS]
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}")

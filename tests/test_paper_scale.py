@@ -1,0 +1,90 @@
+"""The program for one GPU: its items are understood at paper scale and run with the demo's configurations."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from common.pretrained import drawing_weights, network_device, random_on_device
+from launch.parameters import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def program() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("paper_scale")
+    for name in ("paper_scale", "train_step", "report"):
+        sys.modules.pop(name, None)
+
+
+def test_every_items_configurations_and_overrides_are_understood(program: Any) -> None:
+    for item in program.ITEMS:
+        if isinstance(item, program.Feed):
+            continue
+        for configs, overrides in ((item.configs, item.overrides), ([item.demo], item.tiny)):
+            filled = [re.sub(r"=\{(\w+)\}$", r"=\1.ckpt", text) for text in overrides]
+            parse([ROOT / config for config in configs], filled)
+
+
+def test_an_item_measures_steps_and_a_second_call_goes_on(
+    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ["--device", "cpu", "--tiny", "--results", str(tmp_path), "--only", "dm_sr/estimator"]
+    assert program.main(call) == 0
+    (path,) = tmp_path.glob("*_tiny.json")
+    (name, item), *others = json.loads(path.read_text())["items"].items()
+    assert (name, others) == ("dm_sr/estimator", [])
+    for size in ("1", "2"):
+        figures = item["batches"][size]
+        assert figures["images_per_s"] == pytest.approx(1e3 * int(size) / figures["ms_per_step"], rel=1e-2)
+        assert figures["calls"]["timestep estimator, VGG19"] == 1
+    flops = [item["batches"][size]["tflop_per_step"] for size in ("1", "2")]
+    assert flops[1] == pytest.approx(2 * flops[0], abs=2e-3)
+    assert program.main(call) == 0
+    assert "dm_sr/estimator (" not in capsys.readouterr().out.partition("\n")[2].partition("results go to")[2]
+
+    monkeypatch.setattr(program, "measure", lambda *_, **__: 1 / 0)
+    assert program.main([*call, "--again"]) == 1
+    assert json.loads(path.read_text())["items"][name]["failed"].startswith("ZeroDivisionError")
+
+
+@pytest.mark.long
+def test_every_item_runs_with_the_demos_configurations(program: Any, tmp_path: Path) -> None:
+    assert program.main(["--device", "cpu", "--tiny", "--results", str(tmp_path), "--budget", "3000"]) == 0
+    (path,) = tmp_path.glob("*_tiny.json")
+    found = json.loads(path.read_text())["items"]
+    assert set(found) == {item.name for item in program.ITEMS}
+
+
+def test_the_page_is_made_of_the_results(program: Any) -> None:
+    report = importlib.import_module("report")
+    assert (ROOT / "docs" / "performance.md").read_text() == report.page()
+
+
+def test_without_results_the_page_claims_nothing(program: Any, tmp_path: Path) -> None:
+    page = importlib.import_module("report").page(tmp_path)
+    assert "Not yet measured on a GPU." in page
+    assert "|" not in page
+
+
+def test_random_weights_stay_on_the_device_that_draws_them() -> None:
+    """On the CPU this device draws what the CPU always draws."""
+    with drawing_weights(3):
+        here = nn.Linear(4, 4)
+    with random_on_device("cpu"), torch.device("meta"):
+        assert network_device() == torch.device("cpu")
+        with drawing_weights(3):
+            there = nn.Linear(4, 4)
+    assert torch.equal(here.weight, there.weight)
