@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import socket
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pathlib import Path, PureWindowsPath
 log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
+_LONGEST = 200  # bytes of a name; file systems take 255, and results add their own extensions
+_UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, single surrogates, separators of lines and paragraphs
 _held: set[int] = set()  # descriptors of this process's locks
 
 
@@ -47,6 +50,35 @@ def inside(folder: str | Path, name: str | Path) -> Path:
 def csv_text(text: str) -> str:
     """A text as a cell that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def printable(text: object) -> str:
+    """A text that every table, report and log can hold: control characters and bytes that are no UTF-8 are escaped."""
+    raw = str(text)
+    if raw.isprintable():
+        return raw
+    return "".join(_escaped(char) if unicodedata.category(char) in _UNPRINTABLE else char for char in raw)
+
+
+def _escaped(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # Python's stand-in for a byte
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()
+
+
+def plain_name(name: str) -> str:
+    """A name, perhaps with sub-folders, that results can have: printable, and short enough for what is added to it.
+
+    A part that changes gets its digest, so that no two names become one.
+    """
+    parts = []
+    for part in name.split("/"):
+        plain = printable(part)
+        if plain != part or len(plain.encode()) > _LONGEST:
+            digest = hashlib.blake2b(part.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+            plain = f"{plain.encode()[: _LONGEST - 13].decode('utf-8', 'ignore')}~{digest}"
+        parts.append(plain)
+    return "/".join(parts)
 
 
 @contextmanager
@@ -171,12 +203,12 @@ def distinct_names(names: Sequence[str], sources: Sequence[str | Path] | None = 
             that are alike even so, all but the first, get a number.
 
     Returns:
-        The names in the same order; a name that is like no other stays as it is.
+        The names in the same order; a name that is like no other stays as it is, but for `plain_name`.
     """
-    found = list(names)
+    found = [plain_name(name) for name in names]
     if sources is not None:
         count = Counter(map(_key, found))
-        above = [os.path.basename(os.path.dirname(os.path.abspath(source))) for source in sources]
+        above = [plain_name(os.path.basename(os.path.dirname(os.path.abspath(source)))) for source in sources]
         found = [f"{a}_{name}" if a and count[_key(name)] > 1 else name for a, name in zip(above, found, strict=True)]
     taken = set(map(_key, found))
     seen: set[str] = set()

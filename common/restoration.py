@@ -359,7 +359,7 @@ def side_by_side(batch: Batch, sr: Tensor, scale: int) -> Tensor:
 
 def write_scores(path: Path, scores: list[Score]) -> None:
     """Write scores in long form: method, dataset, image, metric, value, protocol."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "dataset", "image", "metric", "value", "protocol"])
         for s in scores:

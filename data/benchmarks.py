@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import plain_name
 from data.datasets import GivenPrompts, LQImages, OnError, Pairs
 from data.layouts import Layout, PairFolders, find_layout
 
@@ -90,4 +91,4 @@ def folder_layout(folder: Path, scale: int, argument: str) -> Layout | None:
 
 
 def _name(folder: Path) -> str:
-    return os.path.basename(os.path.abspath(folder))
+    return plain_name(os.path.basename(os.path.abspath(folder)))

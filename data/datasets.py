@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.files import plain_name
 from data.degradations.realesrgan import Degradation, bicubic_downsample, sample_rng
 from data.images import (
     ImageError,
@@ -40,6 +41,7 @@ from data.inventory import Inventory, unused_files
 from data.layouts import explicit, match_pairs
 from data.rasters import Raster
 from data.sampler import SampleKey
+from data.textfiles import read_text
 
 Sample = dict[str, Any]
 OnError = Literal["skip", "raise"]
@@ -86,17 +88,19 @@ def unique_names(paths: Sequence[Path], root: Path | None = None) -> list[str]:
             unique, otherwise with the folders below the common one.
 
     Returns:
-        Names without extension; files of one stem (`a.png`, `a.jpg`) keep theirs.
+        Names without extension; files of one stem (`a.png`, `a.jpg`) keep theirs. See `plain_name` for names with
+        line ends, with bytes that are no UTF-8, and for very long ones.
     """
     if root is None:
         if len({path.stem for path in paths}) == len(paths):
-            return [path.stem for path in paths]
+            return [plain_name(path.stem) for path in paths]
         root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
     relative = [Path(os.path.abspath(path)).relative_to(os.path.abspath(root)) for path in paths]
     stems = [path.with_suffix("").as_posix() for path in relative]
     count = Counter(stems)
     names = [path.as_posix() if count[stem] > 1 else stem for path, stem in zip(relative, stems, strict=True)]
-    return names if len(set(names)) == len(names) else [path.as_posix() for path in relative]
+    names = names if len(set(names)) == len(names) else [path.as_posix() for path in relative]
+    return [plain_name(name) for name in names]
 
 
 class Prompts:
@@ -118,13 +122,13 @@ class Prompts:
         self._texts: dict[str, str | Path] = {}
         if path.is_dir():
             for file in sorted(path.rglob("*.txt")):
-                self._texts[file.relative_to(path).with_suffix("").as_posix()] = file
+                self._texts[plain_name(file.relative_to(path).with_suffix("").as_posix())] = file
         elif path.is_file():
             rows = read_table(path, argument)
             if not {"name", "prompt"} <= rows[0].keys():
                 raise ValueError(f"{argument}={source} has columns {', '.join(rows[0])}; it needs name and prompt")
             for row in rows:
-                name = self._bare(row["name"])
+                name = plain_name(self._bare(row["name"]))
                 if self._texts.setdefault(name, row["prompt"]) != row["prompt"]:
                     raise ValueError(f"{argument}={source} has two prompts for {name}; leave one")
         else:
@@ -176,7 +180,7 @@ class Prompts:
         found = self._find(name)
         if found is None:
             raise KeyError(name)
-        return found.read_text(encoding="utf-8-sig").strip() if isinstance(found, Path) else found
+        return read_text(found, self.argument).strip() if isinstance(found, Path) else found
 
 
 GivenPrompts = Prompts | Mapping[str, str] | None

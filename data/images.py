@@ -6,7 +6,6 @@ file's numbers as sRGB, whatever its profile says.
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
 import os
@@ -18,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from common.files import printable
 from data.colours import Pixels as Pixels
 from data.rasters import MOST_TEXT, Raster, decode, size_of
+from data.textfiles import read_csv, read_lines
 
 Source = str | Path | Sequence[str | Path]
 
@@ -61,13 +62,13 @@ def is_hidden(name: str) -> bool:
 
 def first_five(items: Iterable[object]) -> str:
     """The first five of them for an error message, and how many more there are."""
-    listed = [str(item) for item in items]
+    listed = [printable(item) for item in items]
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def _image_error(path: str | Path, reason: object) -> ImageError:
     text = " ".join(str(reason).split()) or type(reason).__name__
-    return ImageError(f"cannot read image {path}: {text}; replace the file or take it out of the set")
+    return ImageError(f"cannot read image {printable(path)}: {text}; replace the file or take it out of the set")
 
 
 def _bytes(path: str | Path) -> bytes:
@@ -155,11 +156,6 @@ def _walk(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _rows_of_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return [{key: value or "" for key, value in row.items() if key} for row in csv.DictReader(file)]
-
-
 def _rows_of_parquet(path: Path, argument: str) -> list[dict[str, str]]:
     require_pyarrow(path, argument)
     return importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
@@ -185,7 +181,7 @@ def read_table(path: Path, argument: str) -> list[dict[str, str]]:
     Raises:
         ValueError: The file holds no rows, or parquet cannot be read here.
     """
-    rows = _rows_of_parquet(path, argument) if path.suffix.lower() == ".parquet" else _rows_of_csv(path)
+    rows = _rows_of_parquet(path, argument) if path.suffix.lower() == ".parquet" else read_csv(path, argument)
     if not rows:
         raise ValueError(f"{argument}={path} has no rows; give a table with a header line and at least one row")
     return rows
@@ -208,11 +204,17 @@ def _window(row: dict[str, Any], number: int, table: str) -> Window | None:
     return window
 
 
+def _named(folder: Path, line: str) -> Path:
+    """The file that a list's line names: as it stands there where such a file exists, else without what is around."""
+    bare = line.strip()
+    names = (line, bare, _META_INFO_SIZE.sub("", bare))
+    return next((path for path in (folder / name for name in names) if path.is_file()), folder / names[-1])
+
+
 def _listed(path: Path, argument: str) -> list[Entry]:
     """Entries of a list or manifest; relative paths count from the folder the file lies in."""
     if path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        entries = [Entry(path.parent / _META_INFO_SIZE.sub("", line)) for line in lines if line]
+        entries = [Entry(_named(path.parent, line)) for line in read_lines(path, argument) if line.strip()]
         if not entries:
             raise ValueError(f"{argument}={path} is an empty list; write one image path per line")
         return entries

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.files import replacing
+from common.files import printable, replacing
 from data.images import Source, is_hidden, is_image
 
 _NAMED = 4  # kinds of unused files that a line names
@@ -100,7 +100,7 @@ def write_unused(path: Path, inventories: Iterable[Inventory]) -> bool:
         Whether there are such files.
     """
     rows = [
-        (inventory.argument, os.fsencode(file).decode("utf-8", "backslashreplace"), reason)
+        (inventory.argument, printable(file), reason)
         for inventory in inventories
         for file, reason in inventory.unused.items()
     ]

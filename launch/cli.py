@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
 
 def entry() -> None:
     """Console-script entry."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: names of files may be no UTF-8
     sys.exit(main())
 
 

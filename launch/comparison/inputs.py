@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from common.files import distinct_names
 from data.benchmarks import load_benchmark
 from data.datamodules import Photos
+from data.textfiles import read_text
 from launch.errors import UsageError
 
 
@@ -105,7 +106,7 @@ def _benchmarks(folders: Sequence[Path], scale: int) -> list[ImageSet]:
 def _data_module(path: Path) -> LightningDataModule:
     if not path.is_file():
         raise FileNotFoundError(f"data={path}: no such file; give a configuration with a data section")
-    section = (yaml.safe_load(path.read_text()) or {}).get("data")
+    section = (yaml.safe_load(read_text(path, "data")) or {}).get("data")
     if not section:
         raise UsageError(f"data={path} has no data section; give it data.class_path, as in data/configs")
     parser = ArgumentParser(exit_on_error=False)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.checkpoints import newest_checkpoint, read_checkpoint, trained_state
+from common.files import plain_name
 from common.images import bicubic_upsample
 from common.metrics import own_random_state, to_uint8
 from common.restoration import RestorationModule
@@ -277,7 +278,8 @@ class Results(Method):
         self.folder = folder
         self.files: dict[str, list[Path]] = {}
         for path, _ in list_images(folder, f"results: {name}"):
-            self.files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+            name = plain_name(path.relative_to(folder).with_suffix("").as_posix())
+            self.files.setdefault(name, []).append(path)
         self.shared: set[str] = set()
         self._read: dict[Path, str] = {}
 

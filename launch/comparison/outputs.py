@@ -156,7 +156,7 @@ def _number(value: float | None) -> str:
 
 def _write(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _arrow(metric: Mapping[str, Any], up: str, down: str) -> str:

@@ -257,7 +257,7 @@ def _one_minus_ssim(x_01: Tensor, y_01: Tensor) -> Tensor:
 
 def write_rows(path: Path, rows: Iterable[tuple[str, str, float, float]]) -> None:
     """Write data set, image, target (empty where there is none) and predicted timestep as CSV."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["dataset", "image", "target", "predicted"])
         writer.writerows((d, i, "" if t != t else f"{t:.3f}", f"{p:.3f}") for d, i, t, p in rows)

@@ -84,7 +84,7 @@ def write_comparison(folder: Path, rows: Sequence[Comparison], compared: int) ->
     counted = [row for row in rows if row.noise < compared]
     gains = paired_gains(counted) if counted else []
     if gains:
-        with replacing(folder / "rewards.csv") as temporary, temporary.open("w", newline="") as file:
+        with replacing(folder / "rewards.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Gain._fields)
             writer.writerows(gains)

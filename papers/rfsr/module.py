@@ -333,7 +333,7 @@ class RFSR(BaseSR):
         path = self._results() / "test" / "drift.csv"
         if drifts and self.trainer.is_global_zero:
             drifts = list({(row["dataset"], row["image"]): row for row in drifts}.values())
-            with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(drifts[0]))
                 writer.writeheader()
                 writer.writerows(drifts)

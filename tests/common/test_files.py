@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from common.files import InUseError, csv_text, distinct_names, folder_name, held, inside, replacing
+from common.files import (
+    InUseError,
+    csv_text,
+    distinct_names,
+    folder_name,
+    held,
+    inside,
+    plain_name,
+    printable,
+    replacing,
+)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -175,3 +185,17 @@ def test_a_link_in_the_temporary_file_s_place_is_not_followed(tmp_path: Path) ->
 def test_a_cell_that_a_spreadsheet_would_compute_becomes_text(text: str) -> None:
     assert csv_text(text) == f"'{text}"
     assert csv_text(f"a{text}") == f"a{text}"
+
+
+def test_a_plain_name_can_be_printed_and_is_no_other_names() -> None:
+    for name in ("a/b c.v1", "\u7167\u7247", "it's", "-a.", "x" * 200):
+        assert plain_name(name) == name
+    odd = ["a\nb", "a\\nb", "a\tb", "b\udce9", "b\\xe9", "x" * 201, "x" * 202, "\xe9" * 101, "a/\u2028/c"]
+    plain = [plain_name(name) for name in odd]
+    assert len(set(plain)) == len(odd)
+    assert plain[0].startswith("a\\nb~")
+    assert plain[3].startswith("b\\xe9~")
+    for name in plain:
+        assert name.isprintable()
+        assert max(len(part.encode("utf-8")) for part in name.split("/")) <= 200
+    assert printable("a\nb\udce9 \xe9") == "a\\nb\\xe9 \xe9"
