@@ -37,8 +37,8 @@ def _device(found: Mapping[str, Any]) -> str:
         f"\n## {about['device']}\n\n{about['date']},{memory} driver {about.get('driver', 'none')}, "
         f"torch {about['torch']}, diffusers {about['diffusers']},\n"
         f"Python {about['python']}, commit {about['commit']}. A bf16 matrix product of "
-        f"this card reaches {about['bf16_matmul_tflop_per_s']:.0f} TFLOP a second;\nthe rate below is a step's share of "
-        f"it, operations counted by torch.\n\n{COLUMNS}|{'---|' * 8}\n",
+        f"this card reaches {about['bf16_matmul_tflop_per_s']:.0f} TFLOP a second;\nthe rate below is the share of "
+        f"it that a step reaches, operations counted by torch.\n\n{COLUMNS}|{'---|' * 8}\n",
     ]
     for name, item in items.items():
         lines += [_step(name, item, size, figures, about) for size, figures in item.get("batches", {}).items()]
