@@ -109,6 +109,11 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(found, key=lambda path: int(path.parents[1].name.removeprefix("version_")), default=None)
 
 
+def resolved(path: str | Path) -> str:
+    """The checkpoint that a stage's setting means, from the root: the file itself, or a run's newest."""
+    return str((newest_checkpoint(Path(path)) or Path(path)).resolve())
+
+
 def read_stage(path: str | Path, argument: str, class_path: str) -> dict[str, Any]:
     """Read an earlier stage's checkpoint.
 
@@ -136,6 +141,15 @@ def read_stage(path: str | Path, argument: str, class_path: str) -> dict[str, An
     if found.rpartition(".")[2] != name:
         raise ValueError(f"{argument}={path} is a checkpoint of {found}; give one of {class_path}")
     return checkpoint
+
+
+def is_plain(value: Any) -> bool:
+    """True for text, numbers, and lists or mappings of them: settings that a safe loader reads back."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(is_plain(inner) for inner in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def trained_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

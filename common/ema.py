@@ -57,8 +57,10 @@ class EMA:
         for name, average in self.average.items():
             parameter = parameters[name]
             held = parameter.detach().clone()
-            parameter.copy_(average.to(parameter))
-            self.average[name] = held.to(average)  # exact for float32 parameters, the only ones trained here
+            parameter.copy_(average)
+            # exact for float32 parameters, the only ones trained here; in place, since a test runs in inference mode,
+            # where every new tensor is one that no later update may change
+            average.copy_(held)
 
     def state_dict(self) -> dict[str, object]:
         """Averages and their count, plain enough for torch.load's safe default."""

@@ -165,6 +165,7 @@ def load_unet(
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
     expect: str | None = None,
+    seed: int = _RANDOM_SEED,
 ) -> "UNet2DConditionModel":
     """Load a `UNet2DConditionModel`.
 
@@ -174,6 +175,7 @@ def load_unet(
         dtype: Of the parameters, whatever the file holds.
         trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
         expect: Prediction type the caller was made for, `epsilon` or `v_prediction`; checked before weights are read.
+        seed: Random seed of `random:` weights; the default where they stand in for pretrained ones.
 
     Raises:
         ValueError: `pretrained` is of no known kind, or predicts something else than `expect`.
@@ -183,11 +185,16 @@ def load_unet(
 
     if expect is not None:
         _check_prediction_type(pretrained, subfolder, expect)
-    return load_diffusers_model(UNet2DConditionModel, pretrained, subfolder, dtype, trainable)
+    return load_diffusers_model(UNet2DConditionModel, pretrained, subfolder, dtype, trainable, seed)
 
 
 def load_diffusers_model(
-    model_class: Any, pretrained: str, subfolder: str, dtype: torch.dtype = torch.float32, trainable: bool = False
+    model_class: Any,
+    pretrained: str,
+    subfolder: str,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+    seed: int = _RANDOM_SEED,
 ) -> Any:
     """Load any diffusers model class; `load_vae` and `load_unet` are this with the class filled in."""
     source = _locate(pretrained, subfolder, weights=True)
@@ -201,7 +208,7 @@ def load_diffusers_model(
         )
     else:
         config = _read_config(source.root, subfolder, pretrained)
-        model = _build(lambda: model_class.from_config(config), pretrained, subfolder, dtype)
+        model = _build(lambda: model_class.from_config(config), pretrained, subfolder, dtype, seed)
     return _settle(model, trainable)
 
 

@@ -82,7 +82,7 @@ class RestorationModule(TrainingModule):
     Args:
         scale: Super-resolution factor.
         inference: How images are restored and scored.
-        seed: Of every random draw in training.
+        seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights, which then is what gets validated and tested.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
@@ -95,7 +95,7 @@ class RestorationModule(TrainingModule):
         self,
         scale: int = 4,
         inference: Inference | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         ema_decay: float | None = None,
         clip: float | None = 1.0,
         accumulate: int = 1,
@@ -186,9 +186,8 @@ class RestorationModule(TrainingModule):
         dataset = self._dataset_name("val", dataloader_idx)
         sr, _ = self.upscale(batch["lq"], batch["prompt"])
         self._score(self.run_name, dataset, batch, sr)
-        previews = self._previews[dataset]
-        if len(previews) < self.inference.preview:
-            previews.append(side_by_side(batch, sr, self.scale).cpu())
+        if len(self._previews.get(dataset, ())) < self.inference.preview:
+            self._previews[dataset].append(side_by_side(batch, sr, self.scale).cpu())
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Score a batch with and without the colour fix, save its images and return them, (B,3,s*h,s*w)."""
@@ -257,7 +256,8 @@ class RestorationModule(TrainingModule):
     def _making(self, conditions: Any) -> str:
         """A digest of what decides a tile's pixels besides the tile: settings, trained weights, conditions."""
         settings = {key: value for key, value in self.hparams.items() if key != "inference"}
-        digest = hashlib.blake2b(f"{type(self).__name__} {self.trainer.precision} {settings}".encode())
+        stages = {argument: stage.digest for argument, stage in self.stages.items()}
+        digest = hashlib.blake2b(f"{type(self).__name__} {self.trainer.precision} {settings} {stages}".encode())
         tensors = [*self.all_trainable().values(), *_tensors(conditions)]
         for tensor in tensors:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().data)

@@ -8,6 +8,7 @@ makes in `configure_training`, so that a prediction neither loads nor holds them
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,22 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from common.checkpoints import check_keys, check_shapes, kept_keys, matching, without
+from common.checkpoints import (
+    check_keys,
+    check_shapes,
+    is_plain,
+    kept_keys,
+    load_trained_weights,
+    matching,
+    read_checkpoint,
+    without,
+)
 from common.draws import Draws
 from common.ema import EMA
 from common.parameters import Row, is_lora
+from common.stages import Stage, recorded
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Batch = dict[str, Any]
@@ -36,7 +49,7 @@ class TrainingModule(LightningModule):
     """Base of all training stages; see the file's head.
 
     Args:
-        seed: Of every random draw in training.
+        seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights, which then is what gets validated and tested.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
@@ -46,16 +59,18 @@ class TrainingModule(LightningModule):
     """Optimiser -> name patterns of the parameters it trains, in the optimisers' order; the first one sets the pace."""
     training_only: ClassVar[tuple[str, ...]] = ()
     """Those children with trained weights that `configure_training` makes."""
+    without_prompts: ClassVar[str] = ""
+    """How to train without prompts, for the message of `check_prompts`."""
     inference_only = False
     """Set before `configure_model`: leave out what only training needs. Lightning's test and predict do so anyway."""
 
     def __init__(
-        self, seed: int = 0, ema_decay: float | None = None, clip: float | None = 1.0, accumulate: int = 1
+        self, seed: int | None = None, ema_decay: float | None = None, clip: float | None = 1.0, accumulate: int = 1
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # the frozen base is not in checkpoints; on_load_checkpoint checks the rest
-        self.seed, self.clip, self.accumulate = seed, clip, accumulate
+        self.seed, self.clip, self.accumulate = seed or 0, clip, accumulate
         self.ema = EMA(ema_decay) if ema_decay is not None else None
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate} is out of range; set 1 or more batches an update")
@@ -66,6 +81,9 @@ class TrainingModule(LightningModule):
         self._run_dir = Path(".")
         self._grad_norm = torch.zeros(())
         self._batch: Batch = {}
+        self.stages: dict[str, Stage] = {}  # earlier stages, by the argument that names each
+        self.awaits_checkpoint: bool | None = None  # None: unknown before it comes
+        self._missing_stages: dict[str, FileNotFoundError] = {}
 
     # Networks
 
@@ -128,6 +146,66 @@ class TrainingModule(LightningModule):
         """Sums over rows that the paper publishes, by what they sum; default: none."""
         return {}
 
+    # Earlier stages
+
+    def miss_stage(self, argument: str, error: FileNotFoundError) -> None:
+        """Go on without the file of an earlier stage, as the checkpoint to come may hold what is needed of it.
+
+        Args:
+            argument: The setting that names the stage.
+            error: Raised now where no checkpoint comes, else before anything is run.
+
+        Raises:
+            FileNotFoundError: No checkpoint comes.
+        """
+        awaited = self.awaits_checkpoint if self.awaits_checkpoint is not None else self._trainer is not None
+        if not awaited:
+            raise error
+        self._missing_stages[argument] = error
+
+    def check_stages(self) -> None:
+        """Refuse to run without an earlier stage.
+
+        Raises:
+            FileNotFoundError: Neither its file nor the checkpoint has it.
+        """
+        for error in self._missing_stages.values():
+            raise error
+
+    def take_stages(self, checkpoint: Mapping[str, Any]) -> None:
+        """Use the earlier stages that a checkpoint was trained with, whatever their files hold now.
+
+        Args:
+            checkpoint: A checkpoint of this method.
+
+        Raises:
+            ValueError: A file holds other weights now, and the checkpoint has only their digest.
+        """
+        kept = recorded(checkpoint.get("stages", {}))
+        for argument in (*self.stages, *self._missing_stages):
+            here, stage = self.stages.get(argument), kept.get(argument)
+            if stage is None and here is not None:
+                log.warning(
+                    "the checkpoint does not hold its earlier stage: %s=%s is used as it is", argument, here.path
+                )
+            elif stage is not None and (here is None or here.digest != stage.digest):
+                if here is not None:
+                    log.warning("%s=%s holds other weights than this checkpoint's run had", argument, here.path)
+                self.restore_stage(argument, stage)
+                self.stages[argument] = stage
+                self._missing_stages.pop(argument, None)
+
+    def restore_stage(self, argument: str, stage: Stage) -> None:
+        """Put what a checkpoint holds of an earlier stage in the place of what its file gave; default: refuse.
+
+        Raises:
+            ValueError: The checkpoint holds only a digest.
+        """
+        raise ValueError(
+            f"{argument}={self.stages[argument].path} holds other weights than the stage that this checkpoint was "
+            f"trained on ({stage.path}); put those back, or train this stage anew"
+        )
+
     # Training
 
     def trainable_parameters(self, optimizer: str) -> list[nn.Parameter]:
@@ -142,6 +220,48 @@ class TrainingModule(LightningModule):
         """Every trained parameter by its dotted name, less those that are `left_out`."""
         patterns = [pattern for patterns in self.trainable_patterns().values() for pattern in patterns]
         return matching(self, [pattern for pattern in patterns if not self.left_out(pattern)])
+
+    def wants_prompts(self) -> str | None:
+        """The setting (`argument=value`) that makes the data's prompts the condition; default: None, there is none."""
+        return None
+
+    def setup(self, stage: str) -> None:
+        """Refuse a fit, and warn of other commands, whose condition is texts that the data does not have."""
+        wanted = self.wants_prompts()
+        if wanted is None:
+            return
+        if stage == "fit":
+            self.check_prompts(wanted)
+        split = {"fit": "val", "validate": "val"}.get(stage, stage)
+        if getattr(self, "captioner", None) is None and not self._has_prompts(split):
+            log.warning(
+                "%s: the %s images have no prompts, so each gets the empty text; give data.prompts", wanted, split
+            )
+
+    def check_prompts(self, wanted: str) -> None:
+        """Refuse training data without prompts.
+
+        Args:
+            wanted: What reads them, `argument=value`.
+
+        Raises:
+            ValueError: No training image has a prompt.
+        """
+        if not self._has_prompts("train"):
+            raise ValueError(
+                f"{wanted} reads the prompts of the training images, and none has one; give data.prompts (isr caption "
+                f"writes them){self.without_prompts}"
+            )
+
+    def _has_prompts(self, split: str) -> bool:
+        """False where the data module knows that no image of a split has a prompt."""
+        known = getattr(getattr(self.trainer, "datamodule", None), "has_prompts", None)
+        return known is None or bool(known(split))
+
+    @property
+    def update_step(self) -> int:
+        """Number of the update that the present batch is part of, from 1; `accumulate` batches make one update."""
+        return -(-int(self.train_step) // self.accumulate)
 
     def draws(self, batch: Batch) -> Draws:
         """Random numbers for this batch that resume and several processes reproduce."""
@@ -225,7 +345,8 @@ class TrainingModule(LightningModule):
         return batch
 
     def on_fit_start(self) -> None:
-        """Note the run's folder."""
+        """Note the run's folder, once every earlier stage is there."""
+        self.check_stages()
         self._run_dir = Path(self.trainer.log_dir or ".")  # asking for it is a broadcast: all processes must
 
     @property
@@ -263,6 +384,7 @@ class TrainingModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Put the averages in; the end of the epoch takes them out."""
+        self.check_stages()
         self._swap_ema()
 
     def on_validation_epoch_end(self) -> None:
@@ -278,15 +400,39 @@ class TrainingModule(LightningModule):
         """State-dict keys that a checkpoint of this method holds."""
         return kept_keys(self, self.all_trainable())
 
+    def start_from(self, path: str | Path) -> None:
+        """Take the trained weights of a checkpoint, for a new fit with a new optimiser.
+
+        Args:
+            path: The checkpoint.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It does not fit.
+        """
+        load_trained_weights(self, path, self.checkpoint_keys())
+        kept = recorded(read_checkpoint(path).get("stages", {}))
+        for argument, stage in self.stages.items():
+            if argument in kept and kept[argument].digest != stage.digest:
+                log.warning("init_from=%s was trained with another %s than %s", path, argument, stage.path)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop the frozen base."""
+        """Drop the frozen base, and settings that are objects: a Python program gives networks and functions."""
+        settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        plain = {key: value for key, value in settings.items() if is_plain(value)}
+        if len(plain) < len(settings):
+            dropped = ", ".join(sorted(settings.keys() - plain.keys()))
+            log.warning("settings that are Python objects are not in the checkpoint: %s", dropped)
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain
         keys = self.checkpoint_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
+        if self.stages:
+            checkpoint["stages"] = {argument: stage.record() for argument, stage in self.stages.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that it fits before anything is loaded."""
+        """Check that it fits before anything is loaded, and take what it holds of earlier stages."""
         checkpoint.update(without(checkpoint, self.left_out))
         check_keys(self.checkpoint_keys(), set(checkpoint["state_dict"]), "the checkpoint")
         check_shapes(self, checkpoint["state_dict"], "the checkpoint")
@@ -294,3 +440,4 @@ class TrainingModule(LightningModule):
             if "ema" not in checkpoint:
                 raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
             self.ema.load_state_dict(checkpoint["ema"], self.all_trainable())
+        self.take_stages(checkpoint)

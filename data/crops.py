@@ -115,7 +115,7 @@ class PhotoCrops(LightningDataModule):
         batch_size: Crops a batch.
         steps: Batches of the one epoch that training takes.
         num_workers: Processes that make batches.
-        seed: First part of every crop's random state.
+        seed: Random seed of the crops; null takes `--seed_everything`, 0 in Python.
         jitter: How the colours of training crops vary: `none`, `gain` a channel, or `colour` (tints too).
     """
 
@@ -126,12 +126,12 @@ class PhotoCrops(LightningDataModule):
         batch_size: int = 8,
         steps: int = 1000,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         jitter: Jitter = "colour",
     ) -> None:
         super().__init__()
         self.crop_size, self.val_crop_size, self.batch_size = crop_size, val_crop_size, batch_size
-        self.steps, self.num_workers, self.seed, self.jitter = steps, num_workers, seed, jitter
+        self.steps, self.num_workers, self.seed, self.jitter = steps, num_workers, seed or 0, jitter
 
     def inventories(self, stage: str) -> list[Inventory]:
         """What the sets of a stage hold."""

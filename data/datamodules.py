@@ -101,7 +101,8 @@ class SRData(LightningDataModule):
         eval_crop_size: Side of the crops that photos for validation are cut to, HQ px; null is crop_size.
         val_seeds: Degradations of each such crop.
         val_crops: At most so many crops of each such set, spread evenly over it; null is all.
-        seed: Seed of order, crops, flips and degradations in training.
+        seed: Random seed of order, crops, flips and degradations in training; null takes `--seed_everything`, 0 in
+            Python. Validation and test degrade alike in all runs.
         flips: Mirror and turn training crops at random.
         prompts: A folder of <image name>.txt or a csv with columns name and prompt, for all sets, or one for each of
             train, val, test and predict. Images whose manifest has a prompt keep that. null: prompts are empty.
@@ -131,7 +132,7 @@ class SRData(LightningDataModule):
         eval_crop_size: int | None = None,
         val_seeds: int = 1,
         val_crops: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         flips: bool = True,
         prompts: str | dict[str, str] | None = None,
         on_error: OnError | None = None,
@@ -156,7 +157,7 @@ class SRData(LightningDataModule):
         self.train, self.val, self.test, self.predict = train, val, test, predict
         self.scale, self.crop_size, self.eval_crop_size = scale, crop_size, eval_crop_size or crop_size
         self.batch_size, self.num_workers, self.batches_per_epoch = batch_size, num_workers, batches_per_epoch
-        self.val_seeds, self.val_crops, self.seed, self.flips = val_seeds, val_crops, seed, flips
+        self.val_seeds, self.val_crops, self.seed, self.flips = val_seeds, val_crops, seed or 0, flips
         self.prompts, self.on_error = prompts, on_error or "skip"
         self.on_pair_error: OnError = on_error or "raise"
         self.degradation = self._degradation(degradation)
@@ -289,6 +290,15 @@ class SRData(LightningDataModule):
         """The distinct prompts of the training and validation sets, known after `setup`."""
         sets: list[Any] = [self.train_images, *self._sets["val"]]
         return list(dict.fromkeys(text for images in sets if images is not None for text in images.texts))
+
+    def has_prompts(self, split: str) -> bool:
+        """False where no image of a split has a prompt; known after `setup`.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+        """
+        sets: list[Any] = [self.train_images] if split == "train" else self._sets[split]
+        return not sets or any(text for images in sets for text in images.texts)
 
     def _ranks(self) -> tuple[int, int]:
         """(number of ranks, this rank)."""

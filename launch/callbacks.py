@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
-from common.checkpoints import load_trained_weights
 from common.files import held
 from common.training import TrainingModule
 from launch import signals
@@ -148,7 +148,7 @@ class EndOnSignal(Callback):
 
 
 class RunInfo(Callback):
-    """Writes versions, git commit, machine and command line beside a fit's config."""
+    """Writes versions, git commit, machine, command line and random seeds beside a fit's config."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write run.json before anything can fail."""
@@ -157,7 +157,19 @@ class RunInfo(Callback):
             return
         folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(run_info(), indent=1) + "\n")
+        (folder / "run.json").write_text(json.dumps(run_info() | {"seeds": _seeds(trainer)}, indent=1) + "\n")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the random seeds, by which a resumed fit goes on."""
+        checkpoint["seeds"] = _seeds(trainer)
+
+
+def _seeds(trainer: Trainer) -> dict[str, int | None]:
+    """The random seeds that a run uses; None where there is none."""
+    parts: dict[str, Any] = {"model": trainer.lightning_module, "data": getattr(trainer, "datamodule", None)}
+    given = os.environ.get("PL_GLOBAL_SEED")
+    used = {"seed_everything": int(given) if given else None}
+    return used | {name: getattr(part, "seed", None) for name, part in parts.items()}
 
 
 def run_info() -> dict[str, Any]:
@@ -196,4 +208,4 @@ class InitFrom(Callback):
         """Load before the first step; the networks exist by now."""
         if not isinstance(pl_module, TrainingModule):
             raise ValueError(f"init_from={self.path}: {type(pl_module).__name__} is no method of papers/")
-        load_trained_weights(pl_module, self.path, pl_module.checkpoint_keys())
+        pl_module.start_from(self.path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from common.checkpoints import load_trained_weights, newest_checkpoint
+from common.checkpoints import load_trained_weights, newest_checkpoint, read_checkpoint
 from common.files import held
 from common.training import TrainingModule
 from launch.errors import UsageError
@@ -50,18 +50,20 @@ def load(path: Path) -> TrainingModule:
     settings = stored_model(path)
     if settings is None:
         raise UsageError(f"{path} holds no settings of a model; give a checkpoint that isr fit wrote")
-    model = configured(settings)
+    model = configured(settings, awaits_checkpoint=True)
     load_trained_weights(model, path, model.checkpoint_keys(), model.left_out)
+    model.take_stages(read_checkpoint(path))
+    model.check_stages()
     return model
 
 
-def configured(settings: Mapping[str, Any]) -> TrainingModule:
+def configured(settings: Mapping[str, Any], awaits_checkpoint: bool = False) -> TrainingModule:
     """A model for inference as its settings (class_path, init_args) make it, with nothing loaded on top."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump({"model": dict(settings)}, file)
         file.flush()
         parser, parsed = parse([file.name])
     model: TrainingModule = parser.instantiate_classes(parsed).model
-    model.inference_only = True
+    model.inference_only, model.awaits_checkpoint = True, awaits_checkpoint
     model.configure_model()
     return model

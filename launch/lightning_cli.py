@@ -5,6 +5,7 @@ What differs from plain LightningCLI:
 * Runs go to `runs/<paper>/<name>/version_N`; a resumed fit goes on in its own folder.
 * What the user gives, in a config or as a flag, beats the hyper-parameters stored in `--ckpt_path`; the rest comes from
   there. Each difference is said.
+* `--seed_everything` is the random seed of model and data, too, unless `model.seed` or `data.seed` is set.
 * A model's setting `runs/<paper>/<name>` is a run below `--runs`, of which the newest checkpoint is taken.
 * The checkpoint, run-information and learning-rate callbacks cannot be dropped by a second config.
 * `predict` streams to files and keeps nothing in memory.
@@ -28,14 +29,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from common.checkpoints import newest_checkpoint, read_checkpoint
+from common.checkpoints import read_checkpoint
 from common.files import inside
 from launch import signals
 from launch.callbacks import EndOnSignal, HoldFolder, InitFrom, RunInfo
 from launch.errors import UsageError, plain
-from launch.runs import paper_of, run_folder_of, run_name_of, stored_model
-
-_RUN = re.compile(r"runs/[\w.-]+/[\w.-]+")
+from launch.runs import find_stage, paper_of, run_folder_of, run_name_of, stored_model
 
 
 class Parser(LightningArgumentParser):
@@ -87,7 +86,7 @@ class IsrCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
+            seed_everything_default=0,  # rules model.seed and data.seed as well, see `before_instantiate_classes`
             auto_configure_optimizers=False,
             parser_class=Parser,
             parser_kwargs={"prog": "isr"},
@@ -158,16 +157,18 @@ class IsrCLI(LightningCLI):
             self.config = parser.parse_args([args[0], "-c", file.name, *args[1:]])
         chosen = self.config[self.config.subcommand]
         chosen["config"] = [path for path in chosen.get("config") or [] if str(path) != file.name]
-        self._find_runs()
+        self._find_runs(stored)
         self._say_differences(stored)
 
-    def _find_runs(self) -> None:
-        """Put the newest checkpoint in the place of a run that the model's settings name (a stage before this one)."""
+    def _find_runs(self, stored: dict[str, Any] | None = None) -> None:
+        """Put a checkpoint in the place of a run that the model's settings name (a stage before this one)."""
         config = self.config[self.config.subcommand]
-        settings = (config.get("model") or {}).get("init_args") or {}
+        own = run_folder_of(config.get("ckpt_path"))
+        roots = [*([own.parents[2]] if own is not None else []), Path(config.runs)]
+        settings, kept = _init_args(config, "model"), (stored or {}).get("init_args", {})
         for key, value in list(settings.items()):
-            if isinstance(value, str) and _RUN.fullmatch(value):
-                settings[key] = str(newest_checkpoint(Path(config.runs, *Path(value).parts[1:])) or value)
+            if isinstance(value, str):
+                settings[key] = find_stage(value, kept.get(key), roots)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing left to do: `parse_arguments` has put the checkpoint's hyper-parameters below what the user gave."""
@@ -176,12 +177,31 @@ class IsrCLI(LightningCLI):
         given = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]
         before, now = dict(_leaves(stored)), dict(_leaves(given))
         for key in sorted(before.keys() | now.keys()):
-            if key in now and before.get(key, now[key]) != now[key]:
+            follows = key == "seed" and now.get(key) is None  # --seed_everything
+            if key in now and before.get(key, now[key]) != now[key] and not follows:
                 print(f"isr: model.{key}={now[key]} as given, instead of the checkpoint's {before[key]}")
+
+    def before_instantiate_classes(self) -> None:
+        """Give model and data the one random seed, where they have none of their own; a resumed run's data its own."""
+        config = self.config[self.subcommand]
+        kept = read_checkpoint(config.ckpt_path).get("seeds", {}) if self._resumes else {}
+        seeds = {"model": config.seed_everything, "data": kept.get("data", config.seed_everything)}
+        self._seeded = [part for part in seeds if _init_args(config, part).get("seed", 0) is None]
+        for part in self._seeded:
+            _init_args(config, part)["seed"] = int(seeds[part] or 0)
+
+    @property
+    def _resumes(self) -> bool:
+        """True for a fit that goes on from a checkpoint's file."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        return self.subcommand == "fit" and path is not None and Path(path).is_file()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder, and add what depends on the command."""
         config = self.config[self.subcommand]
+        self.model.awaits_checkpoint = config.get("ckpt_path") is not None
+        for part in self._seeded:  # in config.yaml they go on following seed_everything; run.json has the numbers
+            _init_args(config, part)["seed"] = None
         if config.trainer.logger is None:
             kwargs["logger"] = self._run_logger(config)
         trainer = super().instantiate_trainer(**kwargs)
@@ -268,6 +288,11 @@ def _with_source(message: str, args: list[str]) -> str:
         if unknown and flag.partition("=")[0] == f"--{unknown[1]}":
             return message.replace(":", f"={flag.partition('=')[2] or value}:", 1)
     return message
+
+
+def _init_args(config: Any, part: str) -> Any:
+    """Settings of a command's `model` or `data`; empty where there are none."""
+    return (config.get(part) or {}).get("init_args") or {}
 
 
 def _parsers(choices: Any) -> list[LightningArgumentParser]:

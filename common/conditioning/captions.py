@@ -9,6 +9,7 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
+from common.autoencoder import no_autocast
 from common.metrics import to_uint8
 from common.pretrained import DTYPES, HUB_ID, WeightsNotFoundError, ask_hub
 
@@ -89,7 +90,8 @@ class Captioner:
             self._loaded = self._load()
         processor, model = self._loaded
         inputs = self._inputs(processor, images).to(self._device, self._torch_dtype())  # token ids stay integers
-        tokens = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        with no_autocast(self._device):
+            tokens = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         if "input_ids" in inputs and not model.config.is_encoder_decoder:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]  # a decoder alone repeats what it was given
         return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.autoencoder import no_autocast
 from common.denoisers.flux import FluxText
 from common.files import replacing
 from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
@@ -35,7 +36,8 @@ def encode_flux_prompts(
     """Embed prompts as FLUX's pipelines do: both padded to full length, without attention mask.
 
     Each prompt is encoded once and remembered on the CPU, the last 2,048 of them; the encoders are loaded only for new
-    ones, one after the other, and freed afterwards. T5-XXL works in bfloat16, as it was published: 9.5 GB.
+    ones, one after the other, and freed afterwards. They work in the dtype of their weights whatever autocast says
+    outside: T5-XXL in bfloat16, as it was published (9.5 GB), CLIP in float32.
 
     Args:
         pretrained: Folder or hub id in FLUX's layout, `tiny` or `random:<architecture>`, see `common.pretrained`.
@@ -123,13 +125,17 @@ def forget_flux_prompts() -> None:
 
 def t5_tokens(tokenizer: Any, encoder: Any, prompts: Sequence[str], max_tokens: int) -> Tensor:
     """T5's last hidden state, (B, N, D); padding is encoded like text, as FLUX was trained."""
-    return encoder(_ids(tokenizer, encoder, prompts, min(max_tokens, tokenizer.model_max_length))).last_hidden_state
+    ids = _ids(tokenizer, encoder, prompts, min(max_tokens, tokenizer.model_max_length))
+    with no_autocast(encoder.device):
+        return encoder(ids).last_hidden_state
 
 
 def clip_pooled(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
     """CLIP's state at the end of the text, (B, P)."""
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    return encoder(_ids(tokenizer, encoder, prompts, length)).pooler_output
+    ids = _ids(tokenizer, encoder, prompts, length)
+    with no_autocast(encoder.device):
+        return encoder(ids).pooler_output
 
 
 def _encode(
@@ -160,4 +166,4 @@ def _ids(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> T
     ids = tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     ).input_ids
-    return ids.to(next(encoder.parameters()).device)
+    return ids.to(encoder.device)

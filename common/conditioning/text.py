@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.autoencoder import no_autocast
 from common.parameters import Row, count
 from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
 
@@ -21,7 +22,8 @@ def encode_prompts(
 ) -> Tensor:
     """Embed prompts as Stable Diffusion does: padded to full length, last hidden state, no attention mask.
 
-    Each prompt is encoded once and remembered; the encoder is loaded only for new ones and freed afterwards.
+    Each prompt is encoded once and remembered; the encoder is loaded only for new ones and freed afterwards. It works
+    in the dtype of its weights whatever autocast says outside: a text is the same before a fit and within its steps.
 
     Args:
         pretrained: Where the tokenizer and the text encoder come from, see `common.pretrained`.
@@ -70,7 +72,8 @@ def forget_prompts() -> None:
 def _encode(tokenizer: Any, encoder: Any, prompts: list[str]) -> Tensor:
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-    return encoder(ids.to(next(encoder.parameters()).device)).last_hidden_state.float()  # (B, N, D)
+    with no_autocast(encoder.device):
+        return encoder(ids.to(encoder.device)).last_hidden_state.float()  # (B, N, D)
 
 
 class LearnedEmbedding(nn.Module):

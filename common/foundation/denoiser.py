@@ -47,7 +47,7 @@ class TinyDenoiser(LightningModule):
         clip: Gradient norm limit.
         tail: Share of the steps, the last ones, over which the learning rate is annealed.
         optimizer: `muon` or `adamw`.
-        seed: Of timesteps, noise and dropout.
+        seed: Random seed of timesteps, noise and dropout; null takes `--seed_everything`, 0 in Python.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class TinyDenoiser(LightningModule):
         clip: float = 1.0,
         tail: float = 0.3,
         optimizer: Literal["adamw", "muon"] = "adamw",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.condition_dropout, self.lr, self.clip, self.seed = condition_dropout, lr, clip, seed
+        self.condition_dropout, self.lr, self.clip, self.seed = condition_dropout, lr, clip, seed or 0
         self.tail, self.optimizer = tail, optimizer
         self.codec = ImageCodec(load_vae(vae))
         self.schedule = NoiseSchedule(SCHEDULE)

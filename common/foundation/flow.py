@@ -51,7 +51,7 @@ class TinyFlow(LightningModule):
         clip: Gradient norm limit.
         tail: Share of the steps, the last ones, over which the learning rate is annealed.
         optimizer: `muon` or `adamw`.
-        seed: Of times, noise, dropout and edits.
+        seed: Random seed of times, noise, dropout and edits; null takes `--seed_everything`, 0 in Python.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class TinyFlow(LightningModule):
         clip: float = 1.0,
         tail: float = 0.3,
         optimizer: Literal["adamw", "muon"] = "muon",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.condition_dropout, self.with_reference, self.quartered = condition_dropout, with_reference, quartered
-        self.lr, self.clip, self.tail, self.optimizer, self.seed = lr, clip, tail, optimizer, seed
+        self.lr, self.clip, self.tail, self.optimizer, self.seed = lr, clip, tail, optimizer, seed or 0
         self.codec = ImageCodec(load_vae(pretrained))
         self.clip_tokenizer, self.clip_encoder = load_text_encoder(pretrained, *CLIP)
         self.tokenizer = ByT5Tokenizer(model_max_length=text_tokens, extra_ids=0)

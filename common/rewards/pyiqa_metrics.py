@@ -52,7 +52,8 @@ class PyiqaReward(Reward):
         device = torch.empty(0, device=device).device  # "cuda" with its index, as images have it
         if self._loaded is not None and self._loaded[1] == device:
             return
-        protocol = pyiqa_metric(self.metric, device=device)
+        with torch.inference_mode(False):  # a test may load it, and a fit go on with it
+            protocol = pyiqa_metric(self.metric, device=device)
         if protocol.needs_hq:
             raise ValueError(
                 f"pyiqa's {self.metric} compares with a reference; use neg_mse, neg_lpips or neg_dists for that."

@@ -151,7 +151,10 @@ class Run(Method):
                 if isinstance(value, str) and Path(value).is_file():
                     made.update(Path(value).read_bytes())
             if self.checkpoint is not None:
-                for name, weight in sorted(trained_state(read_checkpoint(self.checkpoint)).items()):
+                checkpoint = read_checkpoint(self.checkpoint)
+                for _, stage in sorted(checkpoint.get("stages", {}).items()):
+                    made.update(stage["digest"].encode())
+                for name, weight in sorted(trained_state(checkpoint).items()):
                     if "." in name:  # the counters at the root decide no pixel
                         made.update(name.encode() + weight.float().contiguous().numpy().tobytes())
             self._key = made.hexdigest()

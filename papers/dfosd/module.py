@@ -66,7 +66,7 @@ class DFOSD(RestorationModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         scale: Super-resolution factor.
         inference: How images are restored and scored.
-        seed: Of every random draw in training.
+        seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
@@ -77,6 +77,7 @@ class DFOSD(RestorationModule):
         "discriminator": ("discriminator.trunk.*lora_*", "discriminator.head.*", "disc_embedding.*"),
     }
     training_only = ("discriminator", "disc_embedding")
+    without_prompts = ", or set model.condition=empty"
 
     empty_prompt: Tensor
     disc_empty_prompt: Tensor
@@ -109,7 +110,7 @@ class DFOSD(RestorationModule):
         gradient_checkpointing: bool = False,
         scale: int = 4,
         inference: Inference | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         ema_decay: float | None = None,
         clip: float | None = 1.0,
         accumulate: int = 1,
@@ -185,7 +186,9 @@ class DFOSD(RestorationModule):
                 if self.gradient_checkpointing:
                     unet.enable_gradient_checkpointing()
                 width = unet.config.cross_attention_dim
-                self.discriminator = NoiseAwareDiscriminator(unet, self.lora_rank, self.lora_alpha, self.disc_hidden)
+                self.discriminator = NoiseAwareDiscriminator(
+                    unet, self.lora_rank, self.lora_alpha, self.disc_hidden, self.seed + 1
+                )
                 if self.disc_prompt == "own_learned":
                     self.disc_embedding = LearnedEmbedding(self.embedding_tokens, width)
                 elif self.disc_prompt == "empty":
@@ -251,6 +254,10 @@ class DFOSD(RestorationModule):
         elif self.disc_kind != "none":
             patterns["discriminator"] = ("discriminator.*",)
         return patterns
+
+    def wants_prompts(self) -> str | None:
+        """The condition `prompt` does."""
+        return "condition=prompt" if self.condition == "prompt" else None
 
     def configure_optimizers(self) -> Any:
         """One optimiser each."""

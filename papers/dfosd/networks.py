@@ -69,12 +69,13 @@ class NoiseAwareDiscriminator(nn.Module):
         rank: LoRA rank; the adapted layers are the generator's.
         alpha: LoRA alpha.
         hidden: Width of the head.
+        seed: Random seed of the LoRA; the head is drawn from the global generator.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, rank: int, alpha: float, hidden: int = 512) -> None:
+    def __init__(self, unet: UNet2DConditionModel, rank: int, alpha: float, hidden: int = 512, seed: int = 1) -> None:
         super().__init__()
         self.trunk = UNetTrunk(unet)
-        add_lora(self.trunk, rank, alpha, OSEDIFF_TARGETS, seed=1)
+        add_lora(self.trunk, rank, alpha, OSEDIFF_TARGETS, seed=seed)
         self.head = nn.Sequential(nn.Conv2d(self.trunk.channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, 1, 1))
 
     def forward(self, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:

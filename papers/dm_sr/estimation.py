@@ -13,12 +13,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from common.checkpoints import check_keys, check_shapes, read_stage, trained_state, without
+from common.checkpoints import check_keys, check_shapes, read_stage, resolved, trained_state, without
 from common.figures import agreement, figure_to_tensor, predicted_against_target, save_figure
 from common.files import replacing
 from common.images import bicubic_upsample, to_pm1
 from common.losses import build_image_loss, l1
 from common.pretrained import is_architecture_only
+from common.stages import Stage, digest
 from common.training import Batch, TrainingModule
 from papers.dm_sr.networks import TimestepEstimator
 
@@ -46,7 +47,7 @@ class TimestepEstimation(TrainingModule):
         optimizer: Of T.
         lr_scheduler: Of the optimiser, stepped once an update.
         scale: Super-resolution factor.
-        seed: Of T's random weights.
+        seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of the gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
@@ -70,7 +71,7 @@ class TimestepEstimation(TrainingModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         scale: int = 4,
-        seed: int = 0,
+        seed: int | None = None,
         ema_decay: float | None = None,
         clip: float | None = None,
         accumulate: int = 1,
@@ -101,7 +102,7 @@ class TimestepEstimation(TrainingModule):
             self.distance = {"l1": l1, "ssim": _one_minus_ssim}[self.target]
         self.restorer = None
         if self.target == "min" and not is_architecture_only():
-            self.restorer = read_restorer(str(self.restorer_path))
+            self.restorer, self.stages["restorer"] = read_restorer(str(self.restorer_path))
         self.estimator = TimestepEstimator(
             "random" if is_architecture_only() else self.weights, self.width, LAST + 1, self.seed
         )
@@ -121,6 +122,9 @@ class TimestepEstimation(TrainingModule):
         """One."""
         optimizer = self.optimizer(self.trainable_parameters("estimator"))
         return [optimizer], [self.lr_scheduler(optimizer)] if self.lr_scheduler is not None else []
+
+    def restore_stage(self, argument: str, stage: Stage) -> None:
+        """Leave it: a checkpoint of T is whole, and new targets come from stage 2 as it is now, as the warning says."""
 
     # Targets
 
@@ -263,32 +267,46 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str, float, float]]) -> Non
         writer.writerows((d, i, "" if t != t else f"{t:.3f}", f"{p:.3f}") for d, i, t, p in rows)
 
 
-def read_estimator(path: str) -> TimestepEstimator:
+def read_estimator(path: str) -> Stage:
     """T of a stage-1 checkpoint, averaged weights where it has them.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is another stage's, or does not fit.
+        ValueError: It is another stage's.
     """
     checkpoint = read_stage(path, "estimator", "papers.dm_sr.TimestepEstimation")
-    given = checkpoint["hyper_parameters"]
-    estimator = TimestepEstimator("empty", given.get("width", 1.0), LAST + 1)
-    if is_architecture_only():
-        return estimator
     state = {
         name.removeprefix("estimator."): value
         for name, value in trained_state(checkpoint).items()
         if name.startswith("estimator.")
     }
+    settings = {"width": checkpoint["hyper_parameters"].get("width", 1.0)}
+    return Stage(resolved(path), digest(state), state, settings)
+
+
+def build_estimator(stage: Stage) -> TimestepEstimator:
+    """T with the weights of stage 1, frozen.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    estimator = TimestepEstimator("empty", stage.settings["width"], LAST + 1).requires_grad_(False).eval()
+    if is_architecture_only():
+        return estimator
     expected = {name for name, _ in estimator.named_parameters()}
-    check_keys(expected, set(state), f"estimator={path}")
-    check_shapes(estimator, state, f"estimator={path}")
-    estimator.load_state_dict(state, strict=False)
+    check_keys(expected, set(stage.weights), f"estimator={stage.path}")
+    check_shapes(estimator, stage.weights, f"estimator={stage.path}")
+    estimator.load_state_dict(stage.weights, strict=False)
     return estimator
 
 
-def read_restorer(path: str) -> Any:
-    """Stage 2 of a checkpoint, frozen, averaged weights where it has them; errors as for `read_estimator`."""
+def read_restorer(path: str) -> tuple[Any, Stage]:
+    """Stage 2 of a checkpoint, frozen, averaged weights where it has them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is another stage's, or does not fit.
+    """
     from papers.dm_sr.module import DMSR
 
     checkpoint = read_stage(path, "restorer", "papers.dm_sr.DMSR")
@@ -300,4 +318,4 @@ def read_restorer(path: str) -> Any:
     state = trained_state(without(checkpoint, restorer.left_out))
     check_keys(restorer.checkpoint_keys(), set(state), f"restorer={path}")
     restorer.load_state_dict(state, strict=False)
-    return restorer.requires_grad_(False).eval()
+    return restorer.requires_grad_(False).eval(), Stage(resolved(path), digest(state), {}, {})

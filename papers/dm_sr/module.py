@@ -38,9 +38,10 @@ from common.pretrained import (
     load_vae,
 )
 from common.restoration import Inference, RestorationModule
+from common.stages import Stage
 from common.tiling import plan_tiles
 from common.training import Batch
-from papers.dm_sr.estimation import read_estimator
+from papers.dm_sr.estimation import build_estimator, read_estimator
 from papers.dm_sr.losses import GANLoss, adversarial_loss, discriminator_objective
 from papers.dm_sr.networks import ControlNetDiscriminator, TimeAwareEncoder, TimestepEstimator
 from papers.dm_sr.sampling import MultistepNoise, denoise
@@ -86,7 +87,7 @@ class DMSR(RestorationModule):
         noise_sign: Sign of equation 8: `corrected`, or as `printed`, which drives the noise away from its goal.
         noise_path: Where its gradient enters: at the `encoder`'s output, as printed, or at the `noise`.
         gan_loss: Equation 4: `bce` (both terms with a minus), InvSR's `hinge`, or as `printed`.
-        disc_start: Step from which the adversarial loss counts; the discriminator trains from the first on.
+        disc_start: Updates after which the adversarial loss counts; the discriminator trains from the first on.
         disc_timestep: Timestep the discriminator is told: the image's `predicted` one or `zero`.
         disc_channels: Widths of the discriminator's levels.
         disc_heads: Attention heads of its levels.
@@ -97,7 +98,7 @@ class DMSR(RestorationModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         scale: Super-resolution factor.
         inference: How images are restored and scored.
-        seed: Of every random draw in training.
+        seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
@@ -110,6 +111,7 @@ class DMSR(RestorationModule):
         "discriminator": ("discriminator.*",),
     }
     training_only = ("discriminator",)
+    without_prompts = ", or set model.prompt to one text for all"
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class DMSR(RestorationModule):
         gradient_checkpointing: bool = False,
         scale: int = 4,
         inference: Inference | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         ema_decay: float | None = 0.999,
         clip: float | None = None,
         accumulate: int = 1,
@@ -192,7 +194,7 @@ class DMSR(RestorationModule):
         self.denoiser = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
         levels = len(unet.config.block_out_channels) - 1
         self.size_multiple = max(1, self.codec.downscale * 2**levels // self.scale)
-        self.estimator = None if self.timestep != "predicted" else load_estimator(self.estimator_path)
+        self.estimator = self._open_estimator() if self.timestep == "predicted" else None
         if self.prompt is not None:
             self.register_buffer("prompt_embeds", encode_prompts(self.pretrained, [self.prompt]), persistent=False)
         self.captioner = Captioner(self.captioner_id) if self.captioner_id is not None else None
@@ -201,6 +203,25 @@ class DMSR(RestorationModule):
             self.embedding_kind,
             gradient_checkpointing=self.gradient_checkpointing,
         )
+
+    def _open_estimator(self) -> TimestepEstimator | None:
+        """Stage 1's T; None where its file is missing and a checkpoint that holds T is to come.
+
+        Within `architecture_only()` the file need not exist: the paper's architecture is built then.
+        """
+        if is_architecture_only() and not (self.estimator_path and Path(self.estimator_path).exists()):
+            return TimestepEstimator("random").requires_grad_(False)
+        try:
+            stage = read_estimator(str(self.estimator_path))
+        except FileNotFoundError as error:
+            self.miss_stage("estimator", error)
+            return None
+        self.stages["estimator"] = stage
+        return build_estimator(stage)
+
+    def restore_stage(self, argument: str, stage: Stage) -> None:
+        """Take T from the checkpoint."""
+        self.estimator = build_estimator(stage).to(self.device)
 
     def configure_training(self) -> None:
         """Losses and discriminator."""
@@ -255,6 +276,10 @@ class DMSR(RestorationModule):
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
         """Without an adversarial loss there is no discriminator."""
         return {name: patterns for name, patterns in self.trainable.items() if name == "encoder" or self.lambda_adv}
+
+    def wants_prompts(self) -> str | None:
+        """Without a text for all images each has its own."""
+        return "prompt=null" if self.prompt is None else None
 
     def configure_optimizers(self) -> Any:
         """One optimiser each."""
@@ -361,7 +386,7 @@ class DMSR(RestorationModule):
         terms = {"l1": self.lambda_l1 * (z_sr - h).abs().mean()}
         if self.perceptual is not None:
             terms["per"] = self.lambda_per * self.perceptual(z_sr, h).mean()
-        if self.discriminator is not None and int(self.train_step) > self.disc_start:
+        if self.discriminator is not None and self.update_step > self.disc_start:
             # Equation 5: D is frozen, its gradient goes on to Z_SR
             logits = self.discriminate(z_sr, i_lr, t, c)
             terms["adv"] = self.lambda_adv * adversarial_loss(self.gan_loss, logits).mean()
@@ -405,20 +430,3 @@ class DMSR(RestorationModule):
         """Logits of D(z, I_LR), (B,1)."""
         assert self.discriminator is not None
         return self.discriminator(z, to_pm1(i_lr), t if self.disc_timestep == "predicted" else torch.zeros_like(t), c)
-
-
-def load_estimator(path: str | None) -> TimestepEstimator:
-    """Stage 1's estimator, frozen: averaged weights where the checkpoint has them.
-
-    Args:
-        path: Checkpoint of `TimestepEstimation`, or its run. Within `architecture_only()` it need not exist: the
-            paper's architecture is built then.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not stage 1's checkpoint.
-    """
-    if is_architecture_only() and not (path and Path(path).exists()):
-        return TimestepEstimator("random").requires_grad_(False)
-    assert path is not None
-    return read_estimator(path).requires_grad_(False).eval()

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from diffusers import FluxTransformer2DModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from common.adapters import adapter_names, count_lora
@@ -84,6 +84,8 @@ class FlowRestorer(RestorationModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         **kwargs: As for every method: `scale`, `inference`, `seed`, `ema_decay`, `clip`, `accumulate`.
     """
+
+    without_prompts = ", or set model.prompt to one text for all"
 
     def __init__(
         self,
@@ -181,6 +183,10 @@ class FlowRestorer(RestorationModule):
             plan |= {f"{name}: weights and gradients": 2 * weights, f"{name}: two moments of Adam": 2 * weights}
         return plan
 
+    def wants_prompts(self) -> str | None:
+        """Without a text for all images each has its own."""
+        return "prompt=null" if self.prompt is None else None
+
     def configure_optimizers(self) -> Any:
         """One for each of `trainable_patterns`; only the first is scheduled."""
         optimizers = [self._make_optimizer(name) for name in self.trainable_patterns()]
@@ -234,8 +240,6 @@ class FlowRestorer(RestorationModule):
         """Encode texts now, so that a run that lacks the encoders fails before it starts: one, or fill `text_cache`."""
         super().on_fit_start()
         given: list[str] = getattr(getattr(self.trainer, "datamodule", None), "texts", list)()
-        if given and self.prompt is None and not any(given):
-            rank_zero_warn("the data has no captions; give data.prompts (isr caption makes them) or model.prompt")
         given = given or [""]
         if self.text_cache is None or self.keep_text_encoders:
             self.text(given[:1])

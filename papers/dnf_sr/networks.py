@@ -187,7 +187,8 @@ class Discriminator(nn.Module):
             12 blocks, in proportion for another number of them; ConvNeXt's stages 1, 2 and 3.
         hidden: Width of the heads.
         gradient_checkpointing: Recompute the trunk's activations in the backward pass: less memory, more time.
-        seed: Of the heads, and of a trunk with random weights; the global generator is not used.
+        seed: Random seed of the heads; a trunk with random weights, which stand in for pretrained ones, is always the
+            same. The global generator is not used.
 
     Raises:
         ValueError: The trunk is no DINOv3, or it has no such levels.
@@ -205,7 +206,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.augment = augment
-        self.trunk = DinoTrunk(trunk, levels, gradient_checkpointing, seed)
+        self.trunk = DinoTrunk(trunk, levels, gradient_checkpointing)
         makers = [conv_head] * len(self.trunk.levels)
         if self.trunk.is_vit:
             makers[-1] = token_head

@@ -25,15 +25,17 @@ from common.adapters import (
     vae_encoder_targets,
     without_adapters,
 )
-from common.checkpoints import read_stage, trained_state
+from common.autoencoder import ImageCodec
+from common.checkpoints import read_stage, resolved, trained_state
 from common.denoisers.flux import FLUX_TARGETS, FluxText
 from common.diffusion import flow_velocity
 from common.images import to_01
 from common.losses import mse
 from common.metrics import MetricUnavailableError, to_uint8
 from common.parameters import Row
-from common.pretrained import HUB_ID, is_architecture_only
+from common.pretrained import HUB_ID, is_architecture_only, load_vae
 from common.rewards import Reward, build_reward
+from common.stages import Stage, digest
 from common.training import Batch
 from papers.dnf_sr.figures import Comparison, write_comparison
 from papers.dnf_sr.losses import (
@@ -169,13 +171,16 @@ class NF2T(FlowRestorer):
     def configure_networks(self) -> None:
         """VAE, and transformer with both policies, as stage 1 left them."""
         sft = {} if is_architecture_only() else self._read_sft()  # before anything large is loaded
+        self._sft_adapter = _adapter_of(sft, "flow.transformer.")
         super().configure_networks()
         assert self.flow is not None
         transformer = self.flow.transformer
         for name in (OLD, THETA):
             add_lora(transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, name, seed=self.seed)
         if sft:
-            self._open_sft(sft, transformer)
+            self._merge_encoder(_adapter_of(sft, "codec.vae."))
+            for name in (OLD, THETA):  # v_ref, with which both policies start
+                load_adapter_state(transformer, self._sft_adapter, name)
         _make_buffers(transformer, OLD)
         set_adapter(transformer, THETA)
 
@@ -198,13 +203,17 @@ class NF2T(FlowRestorer):
         return build_reward(name, **arguments)
 
     def _read_sft(self) -> dict[str, Tensor]:
-        """Trained weights of stage 1's checkpoint.
+        """Adapters of stage 1's checkpoint; nothing where its file is missing and a checkpoint of stage 2 is to come.
 
         Raises:
-            FileNotFoundError: There is no such checkpoint.
+            FileNotFoundError: There is no such checkpoint, and none is to come.
             ValueError: It is another stage's, or was trained with other settings.
         """
-        checkpoint = read_stage(self.sft, "sft", "papers.dnf_sr.DNFSR")
+        try:
+            checkpoint = read_stage(self.sft, "sft", "papers.dnf_sr.DNFSR")
+        except FileNotFoundError as error:
+            self.miss_stage("sft", error)
+            return {}
         settings = checkpoint["hyper_parameters"]
         for key in (*SHARED, *(SHARED_IN_FIT if self.builds_training() else ())):
             before, here = settings.get(key, getattr(self, key)), getattr(self, key)
@@ -216,16 +225,24 @@ class NF2T(FlowRestorer):
             if _is_name(before) and _is_name(here):
                 raise ValueError(f"{said}; set model.pretrained={before}, or to a folder with those weights")
             log.warning("%s: see to it that both hold the same weights, which their names do not tell", said)
-        return trained_state(checkpoint)
+        state = {key: value for key, value in trained_state(checkpoint).items() if "lora_" in key}
+        kept, v_ref = _adapter_of(state, "codec.vae."), digest(_adapter_of(state, "flow.transformer."))
+        self.stages["sft"] = Stage(resolved(self.sft), digest(state), kept, {"v_ref": v_ref})
+        return state
 
-    def _open_sft(self, state: dict[str, Tensor], transformer: nn.Module) -> None:
-        """E_ref: stage 1's encoder, merged. v_ref: its adapter, with which both policies start."""
+    def _merge_encoder(self, state: dict[str, Tensor]) -> None:
+        """E_ref: stage 1's encoder, merged."""
         add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, vae_encoder_targets(self.codec.vae))
-        load_adapter_state(self.codec.vae, _adapter_of(state, "codec.vae."))
+        load_adapter_state(self.codec.vae, state)
         merge(self.codec.vae)
-        self._sft_adapter = _adapter_of(state, "flow.transformer.")
-        for name in (OLD, THETA):
-            load_adapter_state(transformer, self._sft_adapter, name)
+
+    def restore_stage(self, argument: str, stage: Stage) -> None:
+        """Take E_ref from the checkpoint, which has both policies, too; of v_ref it has the digest."""
+        self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
+        self._merge_encoder(stage.weights)
+        self.codec.to(self.device)
+        if digest(self._sft_adapter) != stage.settings["v_ref"]:
+            self._sft_adapter = {}
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the paper's names, and the rewards' that are modules (pyiqa's are opened when needed)."""
@@ -436,9 +453,11 @@ class NF2T(FlowRestorer):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Line 24: old <- eta old + (1 - eta) theta."""
+        """Line 24, after each update: old <- eta old + (1 - eta) theta."""
+        if int(self.train_step) % self.accumulate:
+            return  # theta has not moved since the last time
         updates = self.group_size if self.updates_per_rollout == "K" else 1
-        eta = old_share(self.eta_schedule, int(self.train_step) * updates // self.accumulate)
+        eta = old_share(self.eta_schedule, self.update_step * updates)
         for old, theta in zip(self._old(), self.trainable_parameters(THETA), strict=True):
             old.copy_(theta if eta == 0 else eta * old + (1 - eta) * theta)
 
@@ -447,6 +466,8 @@ class NF2T(FlowRestorer):
     def on_test_start(self) -> None:
         """Get the rewards; unlike training, a test goes without those that cannot be had."""
         super().on_test_start()
+        if self.compared and not self._sft_adapter:
+            log.warning("sft=%s no longer holds stage 1's policy: no image is compared with it", self.sft)
         for name in self.reward_names if self.compared else ():
             try:
                 self._open_reward(name)
@@ -457,7 +478,7 @@ class NF2T(FlowRestorer):
 
     def tested(self, batch: Batch, conditions: Conditions, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
         """Restore a batch by several noises, by stage 1's policy and by theta, and note what the rewards say."""
-        if not self.compared:
+        if not self.compared or not self._sft_adapter:
             return
         dataset = self._dataset_name("test", dataloader_idx)
         size = len(batch["name"])

@@ -52,7 +52,7 @@ class Foundation(TrainingModule):
         samples: Images that validation draws, each with and without its condition.
         sample_steps: DDIM steps of each.
         guidance: Classifier-free guidance of those with a condition.
-        seed: Of every random draw.
+        seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights, which are the ones validated and opened by stage B.
         clip: Limit of the gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
@@ -77,7 +77,7 @@ class Foundation(TrainingModule):
         samples: int = 4,
         sample_steps: int = 20,
         guidance: float = 7.5,
-        seed: int = 0,
+        seed: int | None = None,
         ema_decay: float | None = 0.9999,
         clip: float | None = 1.0,
         accumulate: int = 1,
@@ -101,7 +101,7 @@ class Foundation(TrainingModule):
         """The U-Net with random weights, and what is frozen."""
         schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
         self.codec = ImageCodec(load_vae(self.pretrained))
-        unet = load_unet(f"random:{self.architecture}", trainable=True)
+        unet = load_unet(f"random:{self.architecture}", trainable=True, seed=self.seed)
         if unet.config.in_channels != self.codec.latent_channels:
             raise ValueError(
                 f"architecture={self.architecture} denoises {unet.config.in_channels} latent channels, the VAE of "
@@ -134,6 +134,10 @@ class Foundation(TrainingModule):
         """The networks, and the text encoder."""
         texts = [text_encoder_row(self.text_encoder)] if self.kind == "text" else []
         return [*super().parameter_rows(), *texts]
+
+    def wants_prompts(self) -> str | None:
+        """The condition `text` does."""
+        return "condition=text" if self.kind == "text" else None
 
     def configure_optimizers(self) -> Any:
         """One."""
@@ -168,7 +172,8 @@ class Foundation(TrainingModule):
 
     def _losses(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
         x, prompts = self._cut(batch["hq"]), batch["prompt"]
-        draws, c = Draws(self.seed, batch["index"], self.device), self.condition(x, prompts)
+        # runs of other seeds are measured by the same noise
+        draws, c = Draws(0, batch["index"], self.device), self.condition(x, prompts)
         dataset = self._dataset_name(stage, dataloader_idx)
         values = {}
         for timestep in VAL_TIMESTEPS:
@@ -228,7 +233,7 @@ class Foundation(TrainingModule):
         grid = torch.cat([image[..., :width] for row in rows for image in row], dim=-2)
         self.show_image("samples: photo | by its condition | without", grid)
         if self.trainer.is_global_zero:
-            write_png(folder / f"step_{int(self.train_step)}.png", _pixels(grid))
+            write_png(folder / f"step_{self.update_step}.png", _pixels(grid))
 
     def on_validation_epoch_end(self) -> None:
         """Draw samples, then take the averages out."""
@@ -258,6 +263,8 @@ class Opened(NamedTuple):
     unet: UNet2DConditionModel
     null_token: Tensor | None
     """The learned null condition, (1,1,D); None where it is zeros or the empty prompt."""
+    state: dict[str, Tensor]
+    """Stage A's weights by their names in its checkpoint; empty where there is no stage A."""
 
 
 def open_foundation(path: str, condition: Kind) -> Opened:
@@ -283,4 +290,6 @@ def open_foundation(path: str, condition: Kind) -> Opened:
     check_keys(set(unet.state_dict()), set(weights), f"foundation={path}")
     check_shapes(unet, weights, f"foundation={path}")
     unet.load_state_dict(weights)
-    return Opened(unet, state.get("condition.null_token"))
+    return Opened(
+        unet, state.get("condition.null_token"), {name: value for name, value in state.items() if "." in name}
+    )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from common.adapters import OSEDIFF_TARGETS, add_lora, vae_encoder_targets, without_adapters
 from common.autoencoder import ImageCodec
+from common.checkpoints import resolved
 from common.conditioning.features import Tokens
 from common.conditioning.text import text_encoder_row
 from common.denoisers.unet import UNetDenoiser
@@ -31,6 +32,7 @@ from common.pretrained import (
     load_vae,
 )
 from common.restoration import Inference, RestorationModule
+from common.stages import Stage, digest
 from common.training import Batch
 from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, TextCondition, drop
 from papers.f2idiff.foundation import Opened, open_foundation
@@ -79,7 +81,7 @@ class F2IDiffSR(RestorationModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         scale: Super-resolution factor.
         inference: How images are restored and scored.
-        seed: Of every random draw in training.
+        seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
@@ -130,7 +132,7 @@ class F2IDiffSR(RestorationModule):
         gradient_checkpointing: bool = False,
         scale: int = 4,
         inference: Inference | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         ema_decay: float | None = None,
         clip: float | None = 1.0,
         accumulate: int = 1,
@@ -171,6 +173,8 @@ class F2IDiffSR(RestorationModule):
         targets = vae_encoder_targets(self.codec.vae)
         add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, targets, seed=self.seed)
         opened = self._open_unet()
+        if opened.state:  # too large for this stage's checkpoint, which keeps the digest
+            self.stages["foundation"] = Stage(resolved(str(self.foundation)), digest(opened.state), {}, {})
         unet = opened.unet
         add_lora(unet, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed)
         unet.conv_in.base_layer.requires_grad_(self.train_conv_in)
@@ -193,9 +197,9 @@ class F2IDiffSR(RestorationModule):
 
     def _open_unet(self) -> Opened:
         if self.foundation is None:
-            return Opened(load_unet(self.pretrained, self.unet_subfolder), None)
+            return Opened(load_unet(self.pretrained, self.unet_subfolder), None, {})
         if is_architecture_only():
-            return Opened(load_unet(f"random:{self.architecture}"), None)
+            return Opened(load_unet(f"random:{self.architecture}"), None, {})
         return open_foundation(self.foundation, self.kind)
 
     def _configure_condition(self, null_token: Tensor | None, width: int) -> None:
@@ -236,6 +240,10 @@ class F2IDiffSR(RestorationModule):
         generator = self.trainable["generator"]
         patterns = {"generator": generator if self.train_conv_in else generator[:-1]}
         return patterns | ({"regulariser": self.trainable["regulariser"]} if self.lambda_vsd else {})
+
+    def wants_prompts(self) -> str | None:
+        """The condition `text` does."""
+        return "condition=text" if self.kind == "text" else None
 
     def configure_optimizers(self) -> Any:
         """One each."""

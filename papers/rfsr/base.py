@@ -35,6 +35,7 @@ class BaseSR(RestorationModule):
     """
 
     trainable: ClassVar = {"generator": ("base.controlnet.*",)}
+    without_prompts = ", or set model.prompt_dropout=1"
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class BaseSR(RestorationModule):
 
     def configure_networks(self) -> None:
         """The base."""
-        self.base.configure()
+        self.base.configure(self.seed)
         self.adapt()
         levels = len(self.base.unet.config.block_out_channels)
         self.size_multiple = max(1, self.base.codec.downscale * 2 ** (levels - 1) // self.scale)
@@ -75,6 +76,11 @@ class BaseSR(RestorationModule):
     def parameter_rows(self) -> list[Row]:
         """The networks, and what makes their conditions."""
         return [*super().parameter_rows(), *self.base.rows()]
+
+    def wants_prompts(self) -> str | None:
+        """Some samples keep their text."""
+        wanted = self.base.text_source == "data" and self.prompt_dropout < 1
+        return f"prompt_dropout={self.prompt_dropout}" if wanted else None
 
     def configure_optimizers(self) -> Any:
         """One for all that is trained."""

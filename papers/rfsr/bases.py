@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -85,6 +85,11 @@ class Base(nn.Module, ABC):
         self.prompt_suffix, self.negative_prompt = prompt_suffix, negative_prompt
         self.gradient_checkpointing = gradient_checkpointing
 
+    @property
+    def text_source(self) -> Literal["data", "tagger", "none"]:
+        """Who says what an image shows."""
+        return "data"
+
     # What a base must say
 
     @abstractmethod
@@ -109,8 +114,13 @@ class Base(nn.Module, ABC):
 
     # What they share
 
-    def configure(self) -> None:
-        """Load everything."""
+    def configure(self, seed: int = 0) -> None:
+        """Load everything.
+
+        Args:
+            seed: Random seed of networks that a run trains from scratch.
+        """
+        self.seed = seed
         self.config = load_schedule_config(self.pretrained, expect="epsilon")
         self.schedule = NoiseSchedule(self.config)
         self.timesteps = [int(t) for t in self.sampler().timesteps]
@@ -213,6 +223,11 @@ class SeeSR(Base):
         )
         self.tagger, self.architecture = tagger, architecture
 
+    @property
+    def text_source(self) -> Literal["data", "tagger", "none"]:
+        """The tagger, where it says anything."""
+        return "none" if self.tagger is None or isinstance(self.tagger, Untagged) else "tagger"
+
     def load_networks(self) -> tuple[SeeSRUNet, SeeSRControlNet]:
         """The authors' checkpoint by its own names.
 
@@ -286,7 +301,7 @@ class ControlNet(Base):
         unet = load_unet(self.networks)
         if not self.grow:
             return unet, load_diffusers_model(ControlNetModel, self.networks, "controlnet")
-        with drawing_weights(0):  # the embedding of the control, all that is not the U-Net's
+        with drawing_weights(self.seed):  # the embedding of the control, all that is not the U-Net's
             width = unet.config.block_out_channels[0]
             controlnet = ControlNetModel.from_unet(
                 unet,

@@ -8,12 +8,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from common.adapters import ATTENTION_TARGETS, add_lora, without_adapters
+from common.checkpoints import read_checkpoint
 from common.draws import Draws, generator
 from common.ema import EMA
 from common.files import replacing
@@ -153,6 +155,8 @@ class RFSR(BaseSR):
         if ema_decay is not None:
             self.ema = EMA(ema_decay, warmup=False)
         self.start, self.rewards = Start({}), nn.ModuleDict()
+        self._is_loaded = False  # weights of a checkpoint have taken the place of the base's
+        self._given_start: list[Tensor] | None = None  # theta' of a run (--init_from) in the place of the base's
         self.gram: GramKL | None = None
         self._drifts: list[dict[str, Any]] = []
 
@@ -166,11 +170,28 @@ class RFSR(BaseSR):
     def configure_training(self) -> None:
         """Starting values as theta', and the networks of the losses."""
         self.steps = trained_steps(self.base.timesteps, self.t_early_min, self.t_late_max)
-        self.start = Start(self.all_trainable() if self.keeps_start else {})
+        self.start = Start(self._untouched() if self.keeps_start else {})
+        self._take_start()
         if self.regulariser == "gram" or self.measure_drift:
             weights, width, features, distance = self.gram_options
             self.gram = GramKL("random" if is_architecture_only() else weights, width, features, distance)
         self.rewards = nn.ModuleDict({name: _trainable_by(build_reward(name)) for name in self.reward_weights})
+
+    def _untouched(self) -> dict[str, nn.Parameter]:
+        """What is trained, as the base has it: read once more where a checkpoint has been loaded over it."""
+        trained = self.all_trainable()
+        if not self._is_loaded:
+            return trained
+        unet, controlnet = self.base.load_networks()
+        fresh = nn.ModuleDict({"unet": unet, "controlnet": controlnet})
+        named = dict(fresh.named_parameters(prefix="base"))
+        return {name: named[name] for name in trained}
+
+    def _take_start(self) -> None:
+        """Make a run's theta', where one is given, the starting values."""
+        if self._given_start is not None:
+            for value, given in zip(self.start.values, self._given_start, strict=True):
+                value.data.copy_(given)
 
     def adapt(self) -> None:
         """Add the adapters of `regulariser: lora`."""
@@ -213,7 +234,32 @@ class RFSR(BaseSR):
             self.ema.start(self.all_trainable())
         for reward in self.rewards.values():
             assert isinstance(reward, Reward)
+            if reward.prompted and self.base.text_source != "tagger":
+                self.check_prompts(f"rewards={reward.name}")
             reward.load(self.device)
+
+    def start_from(self, path: str | Path) -> None:
+        """Start a fit from a checkpoint's trained weights; theta' is that checkpoint's: of a base its own weights."""
+        super().start_from(path)
+        checkpoint = read_checkpoint(path)
+        is_base = str(checkpoint["hyper_parameters"].get("_class_path")).endswith(".BaseSR")
+        if self.keeps_start:
+            self._given_start = list(self.all_trainable().values()) if is_base else checkpoint.get("start")
+            self._take_start()
+            self._given_start = list(self.start.values) if self._given_start is not None else None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep theta' where `base` does not give it again."""
+        super().on_save_checkpoint(checkpoint)
+        if self._given_start is not None:
+            checkpoint["start"] = [value.detach() for value in self.start.values]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take theta' from the checkpoint where it is there."""
+        super().on_load_checkpoint(checkpoint)
+        self._is_loaded, self._given_start = True, checkpoint.get("start")
+        if len(self.start.values):
+            self._take_start()
 
     # Training
 
@@ -245,9 +291,9 @@ class RFSR(BaseSR):
             self.log(f"train/grad_norm_{band}", self._grad_norm)
 
     def draw_step(self) -> int:
-        """One of the trained steps for the whole batch and all processes: their rollouts are of one length."""
+        """One of the trained steps for all batches and processes of an update: their rollouts are of one length."""
         chosen = torch.randint(
-            len(self.steps), (), generator=generator(self.seed, "st", int(self.train_step)), device="cpu"
+            len(self.steps), (), generator=generator(self.seed, "st", self.update_step), device="cpu"
         )
         return self.steps[int(chosen)]
 

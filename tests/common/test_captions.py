@@ -186,6 +186,16 @@ class TestCaptions:
         assert [captioner(image[None])[0] for image in images] == together
         assert Captioner(captioner.model, max_new_tokens=6)(images) == together
 
+    def test_a_model_works_in_its_own_dtype_within_autocast(self, llava: str, images: Tensor) -> None:
+        captioner, found = Captioner(llava, max_new_tokens=2), []
+        captioner(images)
+        assert captioner._loaded is not None
+        head = captioner._loaded[1].lm_head
+        head.register_forward_hook(lambda module, args, out: found.append(out.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            captioner(images)
+        assert set(found) == {torch.float32}
+
     def test_the_instruction_is_not_shown_to_a_model_without_a_chat_template(
         self, blip: str, images: Tensor, calls: list[dict[str, Any]]
     ) -> None:

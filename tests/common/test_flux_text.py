@@ -91,6 +91,15 @@ def test_is_what_diffusers_kontext_pipeline_encodes(folder: str) -> None:
     assert (text.pooled[0] - text.pooled[1]).abs().max() > 1e-3
 
 
+def test_a_text_is_the_same_within_autocast(folder: str) -> None:
+    expected = encode_flux_prompts(folder, PROMPTS, max_tokens=20)
+    forget_flux_prompts()
+    with torch.autocast("cpu", torch.bfloat16):
+        text = encode_flux_prompts(folder, PROMPTS, max_tokens=20)
+    assert torch.equal(text.tokens, expected.tokens)
+    assert torch.equal(text.pooled, expected.pooled)
+
+
 def test_t5s_one_embedding_is_read_from_the_file(folder: str) -> None:
     """A file of FLUX's holds `shared.weight` alone; an encoder's embedding of its own would be random."""
     _, encoder = load_text_encoder(folder, *module.T5)

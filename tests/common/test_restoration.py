@@ -185,6 +185,45 @@ class TestTraining:
             n for n in weights(toy) if "frozen" not in n
         ]
 
+    def test_a_fit_goes_on_after_a_test_and_keeps_its_average(self, trainer: Any) -> None:
+        """A test runs in inference mode, in which the averages take the weights' place."""
+        toy, twin = (Toy(ema_decay=0.5) for _ in range(2))
+        trainer(max_steps=1).fit(toy, loader(20))
+        trainer().test(toy, loader(2), verbose=False)
+        trainer(max_steps=1).fit(toy, loader(20))
+        for _ in range(2):
+            trainer(max_steps=1).fit(twin, loader(20))
+        assert_equal(weights(twin), weights(toy))
+        assert twin.ema is not None
+        assert toy.ema is not None
+        assert toy.ema.updates == 2
+        assert_equal(twin.ema.average, toy.ema.average)
+
+    def test_without_previews_a_validation_ends(self, trainer: Any) -> None:
+        toy = Toy(inference=Inference(color_fix="none", tile=None, preview=0, metrics=["psnr_rgb"]))
+        (scores,) = trainer().validate(toy, loader(2), verbose=False)
+        assert len(scores) == 1
+
+    def test_updates_are_counted_beside_batches(self) -> None:
+        toy = Toy(accumulate=3)
+        numbers = []
+        for _ in range(7):
+            toy.train_step += 1
+            numbers.append(toy.update_step)
+        assert numbers == [1, 1, 1, 2, 2, 2, 3]
+
+    def test_a_checkpoint_of_a_python_program_holds_no_object(
+        self, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        toy = Toy()
+        toy.save_hyperparameters({"network": nn.Linear(2, 2), "made": torch.optim.SGD, "sizes": [1, {"a": 2.5}]})
+        t = trainer(max_steps=1)
+        t.fit(toy, loader(2))
+        t.save_checkpoint(tmp_path / "a.ckpt")
+        kept = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+        assert kept == {"lr": 0.1, "critic_lr": 0.05, "sizes": [1, {"a": 2.5}]}
+        assert "objects are not in the checkpoint: made, network" in caplog.text
+
     @pytest.mark.parametrize("clip", [None, 0.01])
     def test_two_accumulated_batches_are_one_twice_as_large(self, trainer: Any, clip: float | None) -> None:
         """The critic's loss squares a mean over the batch, so it is left out by its learning rate."""

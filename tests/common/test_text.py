@@ -53,6 +53,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class TestEncodePrompts:
+    def test_a_text_is_the_same_within_autocast(self, folder: str) -> None:
+        expected = encode_prompts(folder, ["a cat"])
+        forget_prompts()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(encode_prompts(folder, ["a cat"]), expected)
+
     def test_is_the_last_hidden_state_of_the_padded_prompt(self, folder: str) -> None:
         _, encoder = load_text_encoder(folder)
         ids = [ord(letter) + 3 for letter in "cat"] + [1] + [0] * 28  # bytes + 3, end, padding to 32

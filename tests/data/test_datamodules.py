@@ -271,6 +271,18 @@ class TestSources:
         both.setup("fit")
         assert next(iter(both.val_dataloader()[0]))["prompt"] == ["photo 0"]
 
+    def test_it_knows_which_split_has_prompts(self, hq: Path, tmp_path: Path) -> None:
+        (tmp_path / "train.csv").write_text(
+            "name,prompt\n" + "".join(f"{i}.png,{'' if i else 'a cat'}\n" for i in range(5))
+        )
+        for prompts, expected in ((None, (False, False)), ({"train": str(tmp_path / "train.csv")}, (True, False))):
+            datamodule = small(train=str(hq), val=str(hq), predict=str(hq), prompts=prompts)
+            datamodule.setup("fit")
+            datamodule.setup("predict")
+            assert (datamodule.has_prompts("train"), datamodule.has_prompts("val")) == expected
+            assert not datamodule.has_prompts("predict")
+        assert datamodule.has_prompts("test")  # no set is no missing prompt
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 from contextlib import nullcontext
@@ -192,10 +193,24 @@ class TestDemo:
             for key in one:
                 assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(other[key][k])) for k, v in one[key].items())
 
-    def test_another_seed_is_another_run(self, fits: Fits) -> None:
+    def test_another_seed_is_another_run_on_the_same_frozen_networks(self, fits: Fits) -> None:
         """That the same seed is the same run, the resumed fit shows."""
-        other = isr("fit", "-c", fits.config, "--runs", fits.runs, *SMALL, "--trainer.max_steps=1", "--data.seed=5")
+        small = ["--runs", fits.runs, *SMALL, "--trainer.max_steps=1"]
+        other = isr("fit", "-c", fits.config, *small, "--seed_everything=5")
         assert other.metrics != fits.half.metrics
+        trained = set(other.module.all_trainable())
+        for name, value in fits.half.initial.items():
+            is_constant = value.numel() == 1 or float(value.std()) == 0
+            is_drawn = not is_constant and ("lora_A" in name or name.startswith("discriminator"))
+            if name not in trained or is_drawn:
+                assert torch.equal(other.initial[name], value) is (name not in trained), name
+        folder = Path(other.trainer.log_dir)
+        seeds = json.loads((folder / "run.json").read_text())["seeds"]
+        assert seeds == {"seed_everything": 5, "model": 5, "data": 5}
+        assert torch.load(other.last, weights_only=True)["seeds"] == seeds
+        again = yaml.safe_load((folder / "config.yaml").read_text())
+        assert again["seed_everything"] == 5
+        assert again["model"]["init_args"]["seed"] is again["data"]["init_args"]["seed"] is None
 
     def test_on_another_device_it_starts_draws_logs_and_restores_the_same(self, fits: Fits) -> None:
         """As on a GPU: nothing is left behind, and neither weights nor noise come from another generator there."""

@@ -18,7 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from common.conditioning.text import encode_prompts
 from common.losses import LPIPS
 from papers.dm_sr import DMSR, TimestepEstimation, estimation, module
-from papers.dm_sr.estimation import read_estimator, read_restorer
+from papers.dm_sr.estimation import build_estimator, read_estimator, read_restorer
 from papers.dm_sr.networks import TimestepEstimator
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -381,7 +381,7 @@ class TestReports:
 class TestReadEstimator:
     def test_it_answers_as_the_trained_one(self, stage1: str, batch: Batch) -> None:
         saved = torch.load(stage1, weights_only=True)["state_dict"]
-        net = read_estimator(stage1)
+        net = build_estimator(read_estimator(stage1))
         assert all(torch.equal(saved[f"estimator.{name}"], p) for name, p in net.named_parameters())
         by_hand = TimestepEstimator("random", 0.05)
         by_hand.load_state_dict({name.removeprefix("estimator."): v for name, v in saved.items() if "." in name})
@@ -395,7 +395,7 @@ class TestReadEstimator:
         saved["hyper_parameters"] = {"_class_path": "papers.dm_sr.estimation.TimestepEstimation", "width": 0.05}
         torch.save(saved, tmp_path / "one.ckpt")
         average = saved["ema"]["average"]
-        net = dict(read_estimator(str(tmp_path / "one.ckpt")).named_parameters())
+        net = dict(build_estimator(read_estimator(str(tmp_path / "one.ckpt"))).named_parameters())
         assert {f"estimator.{name}" for name in net} == average.keys()
         assert all(torch.equal(average[f"estimator.{name}"], p) for name, p in net.items())
         assert not torch.equal(saved["state_dict"]["estimator.head.weight"], net["head.weight"])

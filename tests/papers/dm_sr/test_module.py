@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,10 @@ WHOLE = Inference(color_fix="none", tile=None, metrics=["psnr_rgb"])
 T_DM = [30, 480]
 Batch = dict[str, Any]
 Grads = dict[str, Tensor]
+
+
+def low(batch: Batch) -> Tensor:
+    return batch["lq"].float() / 255
 
 
 def method(pretrained: str, **options: Any) -> DMSR:
@@ -230,8 +235,9 @@ def train(model: DMSR, batch: Batch, steps: int = 1, known: bool = True) -> Run:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tape, discriminator = Tape(), copy.deepcopy(model.discriminator)
     trainer = trainer_with(tape, max_steps=steps)
-    trainer.fit(model, loader([batch] * steps))
-    assert int(model.train_step) == trainer.global_step == steps
+    trainer.fit(model, loader([batch] * steps * model.accumulate))
+    assert trainer.global_step == steps
+    assert int(model.train_step) == steps * model.accumulate
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return Run(model, tape, metrics, before, discriminator)
 
@@ -712,6 +718,11 @@ class TestDiscriminator:
         a, b = (torch.cat([g[name].flatten() for name in expected]) for g in (got, expected))
         assert float((a - b).norm() / b.norm()) < 1e-3
 
+    def test_disc_start_counts_updates_not_batches(self, sd: str, batch: Batch) -> None:
+        run = train(method(sd, timestep=200, **{**OFF, "lambda_adv": 0.1}, disc_start=2, accumulate=2), batch, 3)
+        graphs = [call.graph for call in run.tape.calls["disc"]]
+        assert graphs == [False, False] * 4 + [True, False, False] * 2  # six batches, three updates
+
     def test_before_disc_start_it_trains_alone(self, sd: str, stage1: str, batch: Batch, hand: Hand) -> None:
         run = train(method(sd, estimator=stage1, **{**OFF, "lambda_adv": 0.1}, disc_start=2), batch, 3)
         assert run.tape.counts()["disc"] == 2 + 2 + 3
@@ -929,3 +940,72 @@ class TestConfigs:
     def test_counting_stage_1s_ablations_needs_no_stage_2(self, name: str) -> None:
         counted = summary(build([CONFIGS / "estimator.yaml", CONFIGS / "ablations" / f"{name}.yaml"]))
         assert counted["total"] == counted["trainable"] == 20_024_384 + 256_500
+
+
+class TestWholeness:
+    """A checkpoint of stage 2 holds the estimator that it was trained with."""
+
+    @pytest.fixture
+    def saved(self, sd: str, stage1: str, batch: Batch, tmp_path: Path) -> tuple[Path, Path, Tensor]:
+        """Stage 1's file, a checkpoint of stage 2, and what stage 2 restores."""
+        own = Path(shutil.copy(stage1, tmp_path / "t.ckpt"))
+        model = method(sd, estimator=str(own), lambda_adv=0.0, optimizer=STILL)
+        trainer = trainer_with(max_steps=1)
+        trainer.fit(model, loader([batch]))
+        trainer.save_checkpoint(tmp_path / "two.ckpt")
+        return own, tmp_path / "two.ckpt", model.upscale(low(batch), batch["prompt"]).sr
+
+    def opened(self, sd: str, own: Path, path: Path, batch: Batch) -> DMSR:
+        model = method(sd, estimator=str(own), lambda_adv=0.0)
+        trainer_with().validate(model, loader([batch]), ckpt_path=str(path), weights_only=True, verbose=False)
+        return model
+
+    @pytest.mark.parametrize("change", ["altered", "deleted"])
+    def test_whatever_becomes_of_stage_1s_file(
+        self,
+        sd: str,
+        saved: tuple[Path, Path, Tensor],
+        batch: Batch,
+        caplog: pytest.LogCaptureFixture,
+        change: str,
+    ) -> None:
+        own, path, expected = saved
+        self.change(own, change)
+        model = self.opened(sd, own, path, batch)
+        assert torch.equal(model.upscale(low(batch), batch["prompt"]).sr, expected)
+        assert ("holds other weights than this checkpoint's run had" in caplog.text) is (change == "altered")
+        again: dict[str, Any] = {"state_dict": dict(model.state_dict())}
+        model.on_save_checkpoint(again)
+        kept = torch.load(path, weights_only=True)["stages"]["estimator"]
+        assert again["stages"]["estimator"]["digest"] == kept["digest"]
+        assert kept["path"] == str(own)
+
+    @pytest.mark.parametrize("change", ["altered", "deleted"])
+    def test_an_older_checkpoint_says_that_it_does_not(
+        self,
+        sd: str,
+        saved: tuple[Path, Path, Tensor],
+        batch: Batch,
+        caplog: pytest.LogCaptureFixture,
+        change: str,
+    ) -> None:
+        own, path, expected = saved
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["stages"]
+        torch.save(checkpoint, path)
+        self.change(own, change)
+        if change == "deleted":
+            with pytest.raises(FileNotFoundError, match=r"estimator=.*t\.ckpt: no such checkpoint; train that stage"):
+                self.opened(sd, own, path, batch)
+            return
+        model = self.opened(sd, own, path, batch)
+        assert not torch.equal(model.upscale(low(batch), batch["prompt"]).sr, expected)
+        assert f"does not hold its earlier stage: estimator={own} is used as it is" in caplog.text
+
+    @staticmethod
+    def change(own: Path, change: str) -> None:
+        checkpoint = torch.load(own, weights_only=True)
+        own.unlink()
+        if change == "altered":
+            checkpoint["state_dict"]["estimator.head.weight"] *= -1
+            torch.save(checkpoint, own)

@@ -131,9 +131,10 @@ def sft_run(flux: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def make(flux: str, sft_run: str) -> Callable[..., NF2T]:
     """Makes stage 2, configured."""
 
-    def configured(**options: Any) -> NF2T:
+    def configured(awaits_checkpoint: bool | None = None, **options: Any) -> NF2T:
         small = {**SMALL, "sft": sft_run, "pretrained": flux, "group_size": 3, "rewards": ("colourfulness", "neg_mse")}
         model = NF2T(**{**small, **options})
+        model.awaits_checkpoint = awaits_checkpoint
         model.configure_model()
         return model
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -376,6 +377,21 @@ class TestOnlineUpdate:
         for key, value in old.items():
             assert_close(value, 0.001 * before[key] + 0.999 * theta[key], rtol=0, atol=1e-7)
 
+    def test_it_follows_once_an_update_however_many_batches_make_it(self, make: Make, batch: Batch) -> None:
+        """Type 1's share at update 100 is 0.1."""
+        model = make(optimizer=sgd(), eta_schedule="type1", accumulate=2)
+        model.train_step += 198  # 99 updates of two batches
+        first = of(model, "old")
+        moved(model)
+        theta = of(model, "theta")
+        model.train_step += 1
+        model.follow()
+        assert equal(of(model, "old"), first)  # in mid-update
+        model.train_step += 1
+        model.follow()
+        for key, value in of(model, "old").items():
+            assert_close(value, 0.1 * first[key] + 0.9 * theta[key], rtol=0, atol=1e-7)
+
     def test_the_old_policy_is_no_parameter_and_is_in_the_checkpoint(self, make: Make) -> None:
         model = make()
         parameters, keys = dict(model.named_parameters()), model.checkpoint_keys()
@@ -650,3 +666,30 @@ def test_stage_two_restores_alike_after_saving_and_loading(make: Make, batch: Ba
     expected = model.upscale(low(batch), batch["prompt"]).sr
     assert torch.equal(other.upscale(low(batch), batch["prompt"]).sr, expected)
     assert equal(of(other, "old"), of(model, "old"))
+
+
+@pytest.mark.parametrize("change", ["none", "altered", "deleted"])
+def test_a_checkpoint_holds_stage_ones_encoder_whatever_becomes_of_its_file(
+    make: Make, sft_run: str, batch: Batch, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    own = Path(shutil.copy(sft_run, tmp_path / "one.ckpt"))
+    model = moved(make(sft=str(own)))
+    saved: dict[str, Any] = {"state_dict": dict(model.state_dict())}
+    model.on_save_checkpoint(saved)
+    kept = saved["stages"]["sft"]["weights"]
+    assert kept
+    checkpoint = torch.load(own, weights_only=True)
+    for name, value in checkpoint["state_dict"].items():
+        if change == "altered" and "lora_" in name:
+            value *= 2.0
+    torch.save(checkpoint, own)
+    if change == "deleted":
+        own.unlink()
+    other = make(sft=str(own), awaits_checkpoint=True)
+    other.on_load_checkpoint(saved)
+    other.load_state_dict(saved["state_dict"], strict=False)
+    other.check_stages()
+    expected = model.upscale(low(batch), batch["prompt"]).sr
+    assert torch.equal(other.upscale(low(batch), batch["prompt"]).sr, expected)
+    assert bool(other._sft_adapter) is (change == "none")  # what a test compares with
+    assert ("holds other weights than this checkpoint's run had" in caplog.text) is (change == "altered")

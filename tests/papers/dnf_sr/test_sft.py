@@ -1,10 +1,8 @@
 """Stage 1: the step in closed form, its noise, losses by hand, and where gradients go."""
 
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,19 +196,6 @@ class TestEncodersOfText:
             steps.clear()
         assert len(list((tmp_path / "texts").iterdir())) == len(texts)
         assert not flux_text._kept
-
-
-class TestMissingCaptions:
-    @pytest.mark.parametrize(
-        ("texts", "prompt", "said"), [(["", ""], None, 1), (["", "a cat"], None, 0), ([""], "a photo", 0)]
-    )
-    def test_are_said(self, make: Make, texts: list[str], prompt: str | None, said: int) -> None:
-        model: Any = make(lambda_gan=0.0, prompt=prompt)
-        model._trainer = SimpleNamespace(datamodule=SimpleNamespace(texts=lambda: texts), log_dir=None)
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            model.on_fit_start()
-        assert len([one for one in found if "the data has no captions; give data.prompts" in str(one.message)]) == said
 
 
 class TestNoiseOfATest:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -427,6 +428,25 @@ class TestOpening:
         model.generator.unet.register_forward_hook(lambda _m, args, _out: told.append(args[2]))
         fit_b(model, batch)
         assert torch.equal(told[0], encode_prompts(sd, batch["prompt"]))
+
+    def test_a_checkpoint_of_stage_b_is_refused_on_an_altered_stage_a(
+        self, text: Trained, sd: str, dino: str, tmp_path: Path
+    ) -> None:
+        """It keeps the digest alone; the file may lie elsewhere and may have changed in what stage B does not read."""
+        model = stage_b(sd, dino, text.checkpoint, condition="text", lambda_vsd=0.0)
+        saved: dict[str, Any] = {"state_dict": dict(model.state_dict())}
+        model.on_save_checkpoint(saved)
+        assert not saved["stages"]["foundation"]["weights"]
+        assert saved["stages"]["foundation"]["path"] == str(text.checkpoint.resolve())
+        assert saved["stages"]["foundation"]["run"] == "f2idiff/t2i/version_0/checkpoints/last.ckpt"
+        checkpoint = torch.load(text.checkpoint, weights_only=True)
+        for change, refused in ((0.0, False), (1e-3, True)):
+            checkpoint["global_step"] += 1
+            checkpoint["state_dict"]["denoiser.unet.conv_in.bias"] += change
+            torch.save(checkpoint, tmp_path / "moved.ckpt")
+            other = stage_b(sd, dino, tmp_path / "moved.ckpt", condition="text", lambda_vsd=0.0)
+            with pytest.raises(ValueError, match=r"moved\.ckpt holds other weights") if refused else nullcontext():
+                other.on_load_checkpoint(dict(saved))
 
     def test_the_other_condition_is_refused(self, features: Trained, text: Trained) -> None:
         with pytest.raises(ValueError, match=r"foundation=.* was trained on features; set model\.condition=features"):

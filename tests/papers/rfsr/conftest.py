@@ -120,7 +120,15 @@ def make(make_base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> Cal
     for name, gain in (("bright", 1.0), ("glaring", 4.0)):
         monkeypatch.setitem(common.rewards._REWARDS, name, partial(Fake, name, gain))
 
-    def configured(kind: str = "plain", base: dict[str, Any] | None = None, cls: Any = RFSR, **options: Any) -> RFSR:
+    def configured(
+        kind: str = "plain",
+        base: dict[str, Any] | None = None,
+        cls: Any = RFSR,
+        configure: bool = True,
+        **options: Any,
+    ) -> RFSR:
+        if cls is not RFSR:
+            return bare(cls(make_base(kind, **(base or {})), **options), configure)
         small: dict[str, Any] = {
             "rewards": {"bright": 1.0},
             "lambda_dwt": 1.0,
@@ -133,7 +141,11 @@ def make(make_base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> Cal
             "inference": Inference(color_fix="none", tile=None),
         }
         model: RFSR = cls(make_base(kind, **(base or {})), **{**small, **options})
-        model.configure_model()
+        return bare(model, configure)
+
+    def bare(model: Any, configure: bool) -> Any:
+        if configure:
+            model.configure_model()
         return model
 
     return configured

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -707,6 +708,70 @@ class TestCheckpoint:
             not torch.equal(a, b) for a, b in zip(other.start.values, other.all_trainable().values(), strict=True)
         ]
         assert all(changed)
+
+
+class TestStart:
+    """Theta' is the base's, whatever was loaded into the weights before the fit."""
+
+    def looked_at(self, make: Make, disturb: Disturb, checkpoint: dict[str, Any] | None = None, **options: Any) -> Any:
+        """A model that validated a checkpoint (moved weights, where none is given) and now is to be fitted."""
+        model: Any = make(**options)
+        if checkpoint is None:
+            checkpoint = self.saved(disturb(make(**options)))
+        fresh: Any = make(**options, configure=False)
+        fresh.inference_only = True
+        fresh.configure_model()
+        fresh.on_load_checkpoint(checkpoint)
+        fresh.load_state_dict(checkpoint["state_dict"], strict=False)
+        fresh.inference_only = False
+        fresh.configure_model()
+        return model, fresh
+
+    @pytest.mark.parametrize("options", [{"kind": "seesr"}, {"kind": "plain", "trained": "full"}])
+    def test_a_fit_after_a_validation_has_the_bases(
+        self, make: Make, disturb: Disturb, options: dict[str, Any]
+    ) -> None:
+        model, fresh = self.looked_at(make, disturb, ema_decay=None, **options)
+        named = zip(fresh.all_trainable().values(), model.all_trainable().values(), strict=True)
+        assert all(not torch.equal(one, other) for one, other in named)
+        assert len(fresh.start.values) == len(model.start.values) > 0
+        assert all(torch.equal(one, other) for one, other in zip(fresh.start.values, model.start.values, strict=True))
+
+    def test_a_fit_from_a_base_has_that_runs_and_keeps_it_in_its_checkpoints(
+        self, make: Make, disturb: Disturb, tmp_path: Path
+    ) -> None:
+        base: Any = disturb(make(cls=BaseSR, ema_decay=None))
+        path = tmp_path / "base.ckpt"
+        checkpoint = {"state_dict": dict(base.state_dict()), "hyper_parameters": {}}
+        base.on_save_checkpoint(checkpoint)
+        torch.save(checkpoint | {"hyper_parameters": {"_class_path": "papers.rfsr.BaseSR"}}, path)
+        model: Any = make(ema_decay=None)
+        assert "start" not in self.saved(model)
+        model.start_from(path)
+        expected = [value.clone() for value in base.all_trainable().values()]
+        disturb(model)
+        assert all(torch.equal(one, other) for one, other in zip(model.start.values, expected, strict=True))
+        kept = self.saved(model)
+        resumed: Any = make(ema_decay=None)
+        resumed.on_load_checkpoint(kept)
+        _, looked = self.looked_at(make, disturb, kept, ema_decay=None)
+        for other in (resumed, looked):
+            assert all(torch.equal(one, value) for one, value in zip(other.start.values, expected, strict=True))
+
+    def saved(self, model: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = {"state_dict": {n: v.clone() for n, v in model.state_dict().items()}}
+        model.on_save_checkpoint(checkpoint)
+        return checkpoint
+
+    def test_one_step_is_drawn_for_all_batches_of_an_update(self, make: Make) -> None:
+        one, two = make(), make(accumulate=2)
+        drawn: dict[int, list[int]] = {1: [], 2: []}
+        for model in (one, two):
+            for _ in range(12):
+                model.train_step += 1
+                drawn[model.accumulate].append(model.draw_step())
+        assert len(set(drawn[1])) > 1
+        assert drawn[2] == [step for step in drawn[1][:6] for _ in range(2)]
 
 
 class TestBase:
