@@ -82,7 +82,7 @@ def folder_layout(folder: Path, scale: int, argument: str) -> Layout | None:
         return None
     lq_dir, hq_dir = folder / "test_LR", folder / "test_HR"
     for present, absent in ((lq_dir, hq_dir), (hq_dir, lq_dir)):
-        if present.is_dir() and not absent.is_dir() and argument != "train":
+        if present.is_dir() and not absent.is_dir() and argument not in {"train", "predict"}:
             raise FileNotFoundError(
                 f"{argument}={folder} has {present.name} but no {absent.name}; add it, "
                 f"or give {lq_dir} for a run without references"

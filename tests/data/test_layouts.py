@@ -133,6 +133,12 @@ def test_training_takes_the_hq_side_and_prediction_the_lq_side(tmp_path: Path, n
     assert "LQ images alone of pairs" in str(module.inventories("predict")[0])
 
 
+def test_a_prediction_takes_low_quality_images_that_have_no_references(tmp_path: Path) -> None:
+    module = SRData(predict=str(make(tmp_path, {"test_LR/a.png": (0, 4), "b.png": (1, 4)})), num_workers=0)
+    module.setup("predict")
+    assert [batch["name"] for batch in module.predict_dataloader()[0]] == [["b"], ["test_LR/a"]]
+
+
 def test_validation_degrades_photos_and_never_pairs(tmp_path: Path) -> None:
     folder = make(tmp_path / "set", LAYOUTS["lq and gt"])
     module = SRData(val=[str(folder), str(folder / "gt")], crop_size=16, num_workers=0)
