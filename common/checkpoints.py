@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _PARAMETRISATION = re.compile(r"(\.parametrizations\.\w+)\.\d+$")
@@ -79,6 +80,23 @@ def check_shapes(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         )
 
 
+def read_tensors(path: str | Path) -> Any:
+    """Read a file of weights, .safetensors or torch's, without running anything that it holds.
+
+    Raises:
+        ValueError: It is no such file, or holds more than tensors and plain values.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise ValueError(
+            f"{path} cannot be read as tensors ({why}); files that could run code are not read, give .safetensors"
+        ) from error
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint's dict with torch's safe loader.
 
@@ -92,9 +110,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         beside = ", ".join(sorted(str(p.relative_to(nearest)) for p in nearest.rglob("*.ckpt"))[:5]) or "none"
         raise FileNotFoundError(f"ckpt_path={path}: no such file; checkpoints under {nearest}: {beside}")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        checkpoint: dict[str, Any] = read_tensors(path)
+    except ValueError as error:
+        why = f"{type(error.__cause__).__name__}: {error.__cause__}".splitlines()[0][:120]
         raise ValueError(
             f"ckpt_path={path} cannot be read as a checkpoint ({why}); give a file that isr fit wrote"
         ) from error

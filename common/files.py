@@ -48,8 +48,30 @@ def inside(folder: str | Path, name: str | Path) -> Path:
 
 
 def csv_text(text: str) -> str:
-    """A text as a cell that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """A text as a cell that no spreadsheet takes for a formula: one that begins so, and is no number, gets a quote."""
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+@contextmanager
+def safe_loading() -> Iterator[None]:
+    """Within this context torch reads nothing but tensors and plain values from a file, whatever a library asks for."""
+    ours = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def printable(text: object) -> str:

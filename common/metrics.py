@@ -25,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.files import safe_loading
+
 Image = NDArray[np.uint8]
 """An RGB image, (H, W, 3), uint8."""
 
@@ -194,7 +196,8 @@ def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -
         if "fid" in name or name == "inception_score":
             raise ValueError(f"pyiqa's {name} judges a folder, not an image; it cannot be a per-image metric")
         try:
-            model = pyiqa.create_metric(name, device=device)
+            with safe_loading():
+                model = pyiqa.create_metric(name, device=device)
         except Exception as error:  # a download fails in as many ways as pyiqa has loaders
             raise MetricUnavailableError(f"{_PYIQA}{name}: {_one_line(error)}") from error
     model.eval()

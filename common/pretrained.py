@@ -287,10 +287,8 @@ def _load_transformers_model(
     source: _Source, pretrained: str, subfolder: str, dtype: torch.dtype | None, seed: int = _RANDOM_SEED
 ) -> Any:
     """Load a model of transformers, of the class that its config names; `subfolder` may be empty."""
-    import transformers
-
     config = _read_config(source.root, subfolder, pretrained)
-    model_class = getattr(transformers, config["architectures"][0])
+    model_class = _class_of_transformers(config, pretrained)
     if dtype is None:
         with torch.device("meta"):
             size = count(model_class(model_class.config_class.from_dict(config))).total
@@ -303,6 +301,17 @@ def _load_transformers_model(
                 subfolder,
             )
     return _build(lambda: model_class(model_class.config_class.from_dict(config)), pretrained, subfolder, dtype, seed)
+
+
+def _class_of_transformers(config: dict[str, Any], pretrained: str) -> Any:
+    """The class that a config names, which is a model's and no other of that package."""
+    import transformers
+
+    name = (config.get("architectures") or ["none"])[0]
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"pretrained='{pretrained}': its config.json names {name!r}, no model of transformers")
+    return found
 
 
 @contextmanager

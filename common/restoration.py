@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.color import color_fix
-from common.files import replacing
+from common.files import csv_text, inside, replacing
 from common.images import bicubic_upsample, write_png
 from common.large import upscale_large, write_tiff_rows
 from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, to_uint8
@@ -197,7 +197,7 @@ class RestorationModule(TrainingModule):
         self._score(self.run_name, dataset, batch, sr)
         if self.inference.color_fix != "none":
             self._score(f"{self.run_name} (raw)", dataset, batch, raw)
-        self._write(self._results() / "test" / dataset, batch["name"], sr)
+        self._write(inside(self._results() / "test", dataset), batch["name"], sr)
         self.tested(batch, conditions, sr, batch_idx, dataloader_idx)
         return sr
 
@@ -207,7 +207,7 @@ class RestorationModule(TrainingModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Upscale a batch to files named after the inputs; nothing is kept in memory."""
         folder = self.results_dir or self._results() / "predict"
-        targets = [folder / f"{name}.{self.inference.file_type}" for name in batch["name"]]
+        targets = [inside(folder, f"{name}.{self.inference.file_type}") for name in batch["name"]]
         if self.skip_existing and all(target.is_file() for target in targets):
             self.skipped += len(targets)
             return
@@ -278,7 +278,7 @@ class RestorationModule(TrainingModule):
 
     def _write(self, folder: Path, names: list[str], x_01: Tensor, file_type: Literal["png", "tif"] = "png") -> None:
         for name, image in zip(names, to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            path = folder / f"{name}.{file_type}"
+            path = inside(folder, f"{name}.{file_type}")
             if file_type == "png":
                 write_png(path, image)
             else:
@@ -364,4 +364,5 @@ def write_scores(path: Path, scores: list[Score]) -> None:
         writer.writerow(["method", "dataset", "image", "metric", "value", "protocol"])
         for s in scores:
             value = "" if s.value is None else f"{s.value:.6f}"
-            writer.writerow([s.method, s.dataset, s.image, s.metric, value, s.protocol])
+            names = map(csv_text, (s.method, s.dataset, s.image, s.metric))
+            writer.writerow([*names, value, csv_text(s.protocol)])

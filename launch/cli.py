@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import sys
 from collections.abc import Sequence
 
+from common.files import safe_loading
 from launch.errors import UsageError, report
 from launch.signals import Stopped, ending_on_signals, received
 
@@ -43,11 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return 0
-    # a file that somebody gave is read as tensors, whatever the library that reads it asks for
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
-        with ending_on_signals():
+        with ending_on_signals(), safe_loading():
             code = _run(arguments, debug)
             if (number := received()) is not None:  # and a library took the exception for its own
                 raise Stopped(number)

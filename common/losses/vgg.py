@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.checkpoints import read_tensors
 from common.pretrained import drawing_weights, network_device
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def _pretrained_state(arch: Arch) -> dict[str, Tensor]:
 
     entry = get_weight(f"{_TORCHVISION[arch]}_Weights.IMAGENET1K_V1")
     try:
-        return entry.get_state_dict(progress=False, check_hash=True)
+        return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as err:
         raise FileNotFoundError(
             f"weights='pretrained': cannot get {entry.url} ({err}); put that file into "
@@ -223,11 +224,7 @@ def read_state(weights: str, instead: str = "'pretrained', or 'random'") -> dict
         raise FileNotFoundError(
             f"weights={weights!r} is no existing .pth or .safetensors file; pass one, or {instead}."
         )
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = read_tensors(path)
     return state
 
 
@@ -245,5 +242,5 @@ def read_torchmetrics_weights(name: str) -> dict[str, Tensor]:
     path = folder / "functional" / "image" / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it comes with torchmetrics: pip install 'torchmetrics>=1.8'.")
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = read_tensors(path)
     return state

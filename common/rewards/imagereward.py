@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.checkpoints import read_tensors
 from common.pretrained import (
     HUB_ID,
     WeightsNotFoundError,
@@ -291,11 +292,7 @@ def _read(weights: str) -> dict[str, Tensor]:
         path = _download(weights)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"weights={weights!r} is none of {', '.join(_SUFFIXES)}; pass {_FILE} or 'random'.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = read_tensors(path)
     return state
 
 

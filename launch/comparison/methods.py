@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from common.checkpoints import newest_checkpoint, read_checkpoint, trained_state
+from common.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, trained_state
 from common.files import plain_name
 from common.images import bicubic_upsample
 from common.metrics import own_random_state, to_uint8
@@ -216,7 +216,7 @@ class Weights(Method):
             import spandrel  # an extra
         except ImportError as error:
             raise UsageError(f"weights: {name}={path} needs spandrel; pip install 'isr-papers[compare]'") from error
-        self.path, self.device, self._loader = path, device, spandrel.ModelLoader
+        self.path, self.device, self._spandrel = path, device, spandrel
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -234,7 +234,8 @@ class Weights(Method):
         """
         if self._model is None:
             try:
-                model: Any = self._loader(device=self.device).load_from_file(self.path)
+                state = self._spandrel.canonicalize_state_dict(read_tensors(self.path))
+                model: Any = self._spandrel.ModelLoader(device=self.device).load_from_state_dict(state)
             except Exception as error:  # each of its architectures raises what it likes
                 why = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(f"weights: {self.path} is no file that spandrel can load ({why})") from error

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
 from common.figures import read_caption
-from common.files import replacing
+from common.files import csv_text, inside, replacing
 from common.restoration import Score, write_scores
 from launch.comparison.pictures import ENLARGE, NamedFigure, Pictures, draw_grid
 from launch.comparison.statistics import FEW, RESAMPLES, gain_of
@@ -22,7 +23,15 @@ Data = Mapping[str, Any]
 """What the report shows; see `engine.compare`."""
 
 _MARKDOWN_IMAGE = re.compile(r"!\[(?P<tag>.+?)\]\(.+?\)")
-_TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
+_TEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "|": r"\textbar{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", '"': r"\textquotedbl{}", "\n": " ", "\r": " "}
+)
+_MARKDOWN = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " "} | {c: f"\\{c}" for c in "`*[]"}
+)
+_ESCAPING = re.compile(r"\\(?=[!-/:-@\[-`{-~]|$)")  # a backslash that Markdown would not show
 
 
 def write_files(folder: Path, data: Data, pictures: Pictures, figures: Sequence[NamedFigure]) -> Path:
@@ -60,7 +69,7 @@ def copy_figures(folder: Path, figures: Sequence[NamedFigure]) -> list[dict[str,
     twice = next((copy for copy in copies if copies.count(copy) > 1), None)
     if twice is not None:
         raise ValueError(f"figures: two would be {twice}; rename one of the two")
-    contents = {folder / figure.copy: figure.path.read_bytes() for figure in figures}
+    contents = {inside(folder, figure.copy): figure.path.read_bytes() for figure in figures}
     for old in set((folder / "figures").glob("*.png")) - contents.keys():
         old.unlink()
     for path, content in contents.items():
@@ -146,7 +155,8 @@ _COST_COLUMNS = ("method", "trainable", "total", "macs", "seconds", "spread", "m
 
 def _csv(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str:
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    safe = ([csv_text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    csv.writer(file, lineterminator="\n").writerows([columns, *safe])
     return file.getvalue()
 
 
@@ -278,6 +288,7 @@ def _same_set(published: str, ours: Sequence[str]) -> list[str]:
 
 
 def _markdown(data: Data, pictures: Pictures, figures: Sequence[NamedFigure]) -> str:
+    data = {**_marked(data), "published": data["published"]}  # ours
     parts = [
         f"# {data['title']}",
         "Every method restores the same low-quality images, and every result is measured by the same metrics. "
@@ -344,14 +355,15 @@ def _markdown(data: Data, pictures: Pictures, figures: Sequence[NamedFigure]) ->
     if figures:
         parts.append("## Figures")
     for figure in figures:
-        parts += [f"### {figure.label}: {figure.path.stem}", f"![{figure.tag}]({figure.copy})"]
-        parts += [caption] if (caption := _caption(figure)) else []
-    columns = list(dict.fromkeys(column for row in pictures.values() for column in row))
+        label, tag, stem = map(_marked, (figure.label, figure.tag, figure.path.stem))
+        parts += [f"### {label}: {stem}", f"![{tag}]({quote(figure.copy)})"]
+        parts += [_marked(caption)] if (caption := _caption(figure)) else []
+    columns = ", ".join(map(_marked, dict.fromkeys(column for row in pictures.values() for column in row)))
+    names = ", ".join(map(_marked, pictures))
     parts += [
         "## Pictures",
-        f"Columns: {', '.join(columns)}. Rows: {', '.join(pictures)}; chosen by a fixed rule, not by their looks; of "
-        "large images the window in which the methods differ most. "
-        f"Pixels are enlarged {ENLARGE} times, LQ to the size of the others.",
+        f"Columns: {columns}. Rows: {names}; chosen by a fixed rule, not by their looks; of large images the window "
+        f"in which the methods differ most. Pixels are enlarged {ENLARGE} times, LQ to the size of the others.",
         "![grid](grid.png)",
         "## Files",
         "`metrics.csv` holds every number, `summary.csv` every mean, difference and rank, `efficiency.csv` the costs, "
@@ -359,6 +371,17 @@ def _markdown(data: Data, pictures: Pictures, figures: Sequence[NamedFigure]) ->
         "results and the numbers of each.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _marked(tree: Any) -> Any:
+    """Texts of a tree, keys too, as Markdown that shows them as they are: names and reasons come from elsewhere."""
+    if isinstance(tree, str):
+        return _ESCAPING.sub(r"\\\\", tree).translate(_MARKDOWN)
+    if isinstance(tree, Mapping):
+        return {_marked(key): _marked(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_marked(value) for value in tree]
+    return tree
 
 
 def _latex(data: Data) -> str:

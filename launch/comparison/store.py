@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.files import folder_name, replacing
+from common.files import folder_name, inside, replacing
 from common.images import write_png
 from common.metrics import Image, MetricProtocol
 from launch.comparison.inputs import ImageSet, Item
@@ -85,7 +85,7 @@ class Store:
                 image = np.ascontiguousarray(sample[side].permute(1, 2, 0).numpy())
                 keys[side] = digest_image(image)
                 file = f"{name}.{keys[side][:8]}.png"
-                paths[side] = self.root / "inputs" / folder_name(test_set.name) / side / file
+                paths[side] = inside(self.root / "inputs" / folder_name(test_set.name) / side, file)
                 if not paths[side].is_file():
                     write_png(paths[side], image)
         height, width = (test_set.scale * int(side) for side in sample["lq"].shape[-2:])
@@ -109,7 +109,7 @@ class Store:
         """
         made = digest(method.key(item), item.lq_key, item.prompt)
         folder = self.root / "methods" / folder_name(method.name) / folder_name(item.dataset)
-        record = Record(folder / f"{item.name}.png", folder / f"{item.name}.json", made)
+        record = Record(inside(folder, f"{item.name}.png"), inside(folder, f"{item.name}.json"), made)
         try:
             kept = json.loads(record.file.read_text())
             if kept["made"] == made and record.png.is_file():

@@ -15,7 +15,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from common.checkpoints import check_keys, check_shapes, read_stage, resolved, trained_state, without
 from common.figures import agreement, figure_to_tensor, predicted_against_target, save_figure
-from common.files import replacing
+from common.files import csv_text, replacing
 from common.images import bicubic_upsample, to_pm1
 from common.losses import build_image_loss, l1
 from common.pretrained import is_architecture_only
@@ -264,7 +264,7 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str, float, float]]) -> Non
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["dataset", "image", "target", "predicted"])
-        writer.writerows((d, i, "" if t != t else f"{t:.3f}", f"{p:.3f}") for d, i, t, p in rows)
+        writer.writerows((csv_text(d), csv_text(i), "" if t != t else f"{t:.3f}", f"{p:.3f}") for d, i, t, p in rows)
 
 
 def read_estimator(path: str) -> Stage:

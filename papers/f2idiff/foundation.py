@@ -18,6 +18,7 @@ from common.conditioning.text import text_encoder_row
 from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
+from common.files import inside
 from common.images import to_01, to_pm1, write_png
 from common.metrics import to_uint8
 from common.parameters import Row
@@ -208,7 +209,7 @@ class Foundation(TrainingModule):
         images = self.draw(self._cut(batch["lq"]), batch["prompt"], self.guidance)
         folder = self.results_dir or self._results() / "predict"
         for name, image in zip(batch["name"], images, strict=True):
-            write_png(folder / f"{name}.png", _pixels(image))
+            write_png(inside(folder, f"{name}.png"), _pixels(image))
 
     @torch.no_grad()
     def draw(self, x_01: Tensor, prompts: list[str], guidance: float) -> Tensor:

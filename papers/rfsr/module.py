@@ -18,7 +18,7 @@ from common.adapters import ATTENTION_TARGETS, add_lora, without_adapters
 from common.checkpoints import read_checkpoint
 from common.draws import Draws, generator
 from common.ema import EMA
-from common.files import replacing
+from common.files import csv_text, replacing
 from common.images import to_01
 from common.losses import GramKL, dwt_low_loss, l1
 from common.losses.dwt import Wavelet
@@ -371,7 +371,7 @@ class RFSR(BaseSR):
         dataset = self._dataset_name("test", dataloader_idx)
         for i, image in enumerate(batch["name"]):
             numbers = {column: float(values[i]) for column, values in columns.items()}
-            self._drifts.append({"dataset": dataset, "image": image} | numbers)
+            self._drifts.append({"dataset": csv_text(dataset), "image": csv_text(image)} | numbers)
 
     def on_test_epoch_end(self) -> None:
         """Write the drifts beside the scores: `drift.csv` and a figure."""

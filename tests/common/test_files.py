@@ -181,7 +181,7 @@ def test_a_link_in_the_temporary_file_s_place_is_not_followed(tmp_path: Path) ->
     assert (tmp_path / "a.txt").read_text() == "new"
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-a.png", "@x", "\tx", "\rx"])
+@pytest.mark.parametrize("text", ["=1+1", "+1+1", "-a.png", "@x", "\tx", "\rx"])
 def test_a_cell_that_a_spreadsheet_would_compute_becomes_text(text: str) -> None:
     assert csv_text(text) == f"'{text}"
     assert csv_text(f"a{text}") == f"a{text}"
@@ -199,3 +199,8 @@ def test_a_plain_name_can_be_printed_and_is_no_other_names() -> None:
         assert name.isprintable()
         assert max(len(part.encode("utf-8")) for part in name.split("/")) <= 200
     assert printable("a\nb\udce9 \xe9") == "a\\nb\\xe9 \xe9"
+
+
+@pytest.mark.parametrize("text", ["-1.5", "+3", "-1e-05", "", "a", "cat_r0c0_s1"])
+def test_a_number_and_any_other_text_stay_as_they_are(text: str) -> None:
+    assert csv_text(text) == text

@@ -1,0 +1,158 @@
+"""Every command of the README, the cards and the contributor's page is understood as it is printed."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.images import write_png
+from launch import caption, compare, parameters
+from launch.cli import COMMANDS
+from launch.errors import UsageError
+
+from .command_line import ROOT, ParseOnly
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("papers/README.md"), *ROOT.glob("papers/*/README.md")])
+LIGHTNING = ("fit", "validate", "test", "predict")
+EXAMPLES = {
+    "CONFIG": "papers/f2idiff/configs/sr_f2i.yaml",
+    "CKPT": "runs/f2idiff/sr_f2i/version_0/checkpoints/last.ckpt",
+    "OUT": "upscaled",
+}
+RUNS = re.compile(r"runs/(?P<paper>\w+)/(?P<name>[\w-]+)/version_\d+/checkpoints/[\w=.*-]+\.ckpt")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The lines of a page's bash blocks, continued ones joined, and the whole commands in its text."""
+    text = page.read_text()
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield from filter(None, block.replace("\\\n", " ").splitlines())
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`((?:isr [a-z]+|make|\.venv/bin/[\w-]+) [^`]+)`", prose):
+        yield re.sub(r"\b(?:CONFIG|CKPT|OUT)\b", lambda word: EXAMPLES[word[0]], " ".join(code.split()))
+
+
+def words_of(lines: Iterator[str]) -> Iterator[list[str]]:
+    """The words of each program's call, as a shell would give them: variables filled in, loops run once."""
+    variables: dict[str, str] = {}
+    for line in lines:
+        for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line)):
+            filled = re.sub(r"\$(\w+)", lambda name: variables[name[1]], part.strip())
+            words = shlex.split(filled)
+            if not words or words in (["do"], ["done"]):
+                continue
+            if words[0] == "for":
+                variables[words[1]] = words[3]
+            elif found := re.fullmatch(r"(\w+)=(.*)", words[0]):
+                variables[found[1]] = found[2]
+            else:
+                yield words
+
+
+CALLS = [
+    pytest.param(words, id=f"{page.parent.name if page.parent != ROOT else page.stem}: {' '.join(words)[:100]}")
+    for page in PAGES
+    for words in words_of(commands(page))
+]
+PRINTED = [call for call in CALLS if call.values[0][0] == "isr"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the commands find the repository's configurations and a user's photos, runs and weights."""
+    root = tmp_path_factory.mktemp("place")
+    for folder in ("papers", "data", "launch"):
+        (root / folder).symlink_to(ROOT / folder)
+    for folder in ("photos", "my_photos", "PHOTOS", "DIV2K/DIV2K_train_HR", "osediff"):
+        write_png(root / folder / "a.png", np.zeros((64, 64, 3), np.uint8))
+    for name in ("RealSR", "DRealSR"):
+        for part, side in (("test_LR", 16), ("test_HR", 64)):
+            write_png(root / name / part / "a.png", np.zeros((side, side, 3), np.uint8))
+    (root / "texts").mkdir()
+    (root / "texts" / "a.txt").write_text("a photo")
+    (root / "BSRGAN.pth").touch()
+    return root
+
+
+def settings_of(config: Path) -> dict[str, Any]:
+    """What a checkpoint of this configuration holds of its model."""
+    _, parsed = parameters.parse([config])
+    model = parsed.model.as_dict()
+    return {"_class_path": model["class_path"], **model["init_args"]}
+
+
+@functools.cache
+def make_run(place: Path, paper: str, name: str, file: str) -> None:
+    """A run's checkpoint, as the configuration of its name would leave it."""
+    configs = ROOT / "papers" / paper / "configs"
+    (config,) = configs.glob(f"demo/*_{name[5:]}.yaml" if name.startswith("demo-") else f"{name}.yaml")
+    path = place / "runs" / paper / name / "version_0" / "checkpoints" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "global_step": 1, "hyper_parameters": settings_of(config)}, path)
+    shutil.copy(config, path.parents[1] / "config.yaml")
+
+
+@pytest.mark.parametrize("words", PRINTED)
+def test_a_printed_command_is_understood(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, command, *rest = words
+    assert command in COMMANDS
+    if rest == ["--help"]:
+        return
+    monkeypatch.chdir(place)
+    for word in rest:
+        for run in RUNS.finditer(word):
+            make_run(place, run["paper"], run["name"], Path(run[0]).name.replace("*", "0"))
+    rest = [word.replace("*step=*", "0step=0") for word in rest]
+    if command in LIGHTNING:
+        assert ParseOnly([command, *rest]).config[command].model.class_path
+    elif command == "parameters":
+        assert rest[1:] in ([], ["--inference"])
+        parameters.parse(rest[:1])
+    elif command == "compare":
+        options = compare._parser(command).parse_args(rest)
+        assert all(folder.is_dir() for folder in options.pairs)
+        compare._named("weights", options.weights)
+    elif command == "caption":
+        options = caption._parse(command, rest)
+        assert Path(options.source).is_dir()
+    elif command == "export":
+        assert re.fullmatch(r"(RUN|runs/\w+/\w+) -o \w+", " ".join(rest))
+    elif command == "metrics":
+        assert rest[0] in ("list", "doctor", "fetch")
+    else:
+        assert not rest, f"{command} is not known here; teach this test how to read its arguments"
+
+
+def test_other_programs_of_the_pages_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for call in CALLS:
+        program, *rest = call.values[0]
+        if program == "make":
+            assert {word for word in rest if "=" not in word} <= targets, rest
+        elif program.startswith(".venv/bin/"):
+            assert Path(program).name in ("tensorboard", "pytest", "pre-commit"), program
+            assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), rest
+        else:
+            assert program in ("isr", "git", "cd"), program
+
+
+def test_the_pages_print_commands_of_every_kind() -> None:
+    assert len(PRINTED) > 40
+    assert {call.values[0][1] for call in PRINTED} >= {*LIGHTNING, "parameters", "compare", "caption", "export"}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["-c papers/dfosd/configs/nix.yaml", "-c papers/dfosd/configs/sd21.yaml --model.nix 1"]
+)
+def test_a_command_that_is_wrong_is_found_out(wrong: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError):
+        test_a_printed_command_is_understood(["isr", "fit", *wrong.split()], place, monkeypatch)
