@@ -150,6 +150,17 @@ def test_every_kind_that_holds_a_profile_is_converted(tmp_path: Path, name: str)
     np.testing.assert_allclose(read_image(tmp_path / name)[8, 8], (226, 100, 42), atol=4 if name == "a.avif" else 2)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif"])
+def test_a_turned_photo_keeps_its_profile(tmp_path: Path, name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (32, 16), (200, 100, 50))
+    image.save(tmp_path / name, icc_profile=ADOBE_ICC, exif=exif, lossless=True, quality=100)
+    read = read_image(tmp_path / name)
+    assert read.shape == (32, 16, 3)
+    np.testing.assert_allclose(read[8, 8], (226, 100, 42), atol=2)
+
+
 def test_16_bits_keep_what_8_bits_lose(tmp_path: Path) -> None:
     """Of linear light, the lowest 8-bit step is 13 steps of sRGB; a ramp below it must rise by one at a time."""
     ramp = np.repeat(np.arange(0, 2048, 4, dtype=np.uint16)[None, :, None], 3, axis=2)
