@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,23 @@ class EMA:
         self.average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Move the average towards the parameters; without a start the first call copies them."""
+    def update(self, parameters: Mapping[str, nn.Parameter], unless: Tensor | None = None) -> None:
+        """Move the average towards the parameters; without a start the first call copies them.
+
+        Args:
+            parameters: The parameters by name.
+            unless: True, on their device, where the average stays as it is; the host does not read it.
+        """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
         if not self.average:
             self.start(parameters)
             return
+        weight: Any = 1 - decay if unless is None else torch.where(unless, 0.0, 1 - decay)
         for name, parameter in parameters.items():
             # a checkpoint is read before the parameters are brought to their device
             average = self.average[name] = self.average[name].to(parameter.device)
-            average.lerp_(parameter.detach().float(), 1 - decay)
+            average.lerp_(parameter.detach().float(), weight)
 
     @contextmanager
     def swapped(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:

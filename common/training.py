@@ -9,6 +9,8 @@ makes in `configure_training`, so that a prediction neither loads nor holds them
 from __future__ import annotations
 
 import logging
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from common.checkpoints import (
 )
 from common.draws import Draws
 from common.ema import EMA
+from common.guard import Guard, save_batch
 from common.parameters import Row, is_lora
 from common.stages import Stage, recorded
 
@@ -42,7 +45,7 @@ Batch = dict[str, Any]
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the batch was saved, no weight was changed by it."""
+    """A loss or its gradient became NaN or infinite; its batch was saved and changed no weight and no average."""
 
 
 class TrainingModule(LightningModule):
@@ -80,10 +83,13 @@ class TrainingModule(LightningModule):
         self._has_networks = self._has_training = False  # what `configure_model` has built
         self._run_dir = Path(".")
         self._grad_norm = torch.zeros(())
-        self._batch: Batch = {}
         self.stages: dict[str, Stage] = {}  # earlier stages, by the argument that names each
         self.awaits_checkpoint: bool | None = None  # None: unknown before it comes
         self._missing_stages: dict[str, FileNotFoundError] = {}
+        self._steps = 0  # train_step on the host: to read the device's would make it wait
+        self._batches: deque[tuple[int, Batch]] = deque(maxlen=2)  # the last ones, with their train steps
+        self._guard: Guard | None = None
+        self._skips: bool | Tensor = False  # whether the optimiser in turn does without its step
 
     # Networks
 
@@ -268,7 +274,7 @@ class TrainingModule(LightningModule):
         index = batch.get("index")
         if index is None:  # a foreign data module: count what this run has seen
             size = len(batch["lq"])
-            first = ((int(self.train_step) - 1) * self.trainer.world_size + self.global_rank) * size
+            first = ((self._steps - 1) * self.trainer.world_size + self.global_rank) * size
             index = torch.arange(first, first + size)
         return Draws(self.seed, index, self.device)
 
@@ -286,9 +292,10 @@ class TrainingModule(LightningModule):
         optimizer: Any = optimizers[which] if isinstance(optimizers, list) else optimizers
 
         def update(loss: Tensor) -> None:
-            self._stop_if_not_finite(name, loss)
+            self.check_loss(name, loss)
             self.manual_backward(loss / self.accumulate)
-            if int(self.train_step) % self.accumulate:
+            if self._steps % self.accumulate:
+                self._check_gradient(optimizer.optimizer)
                 return
             if which:
                 optimizer._on_before_step = optimizer._on_after_step = lambda: None
@@ -301,39 +308,132 @@ class TrainingModule(LightningModule):
             for scheduler in schedulers:
                 if getattr(scheduler, "optimizer", None) is optimizer.optimizer:
                     scheduler.step()
-            if which == 0 and self.ema is not None:
-                self.ema.update(self.all_trainable())
+            if which == 0 and self.ema is not None and self._skips is not True:
+                self.ema.update(self.all_trainable(), self._skips if isinstance(self._skips, Tensor) else None)
 
         with self.toggled_optimizer(optimizer):
             yield update
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip; called after mixed precision has unscaled the gradients."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        """Clip, after mixed precision has unscaled the gradients, and keep the optimiser from a bad step.
+
+        Optimisers made with `fused=true` read that on the device. For all others, and under 16-mixed, whose gradient
+        scaler waits for the device too, the host waits once an update: their gradients become None, since zeroed ones
+        would still decay weights and move them by what they remember.
+        """
+        scaler = self._scaler
+        if scaler is not None and _is_fused(optimizer):
+            scaler.unscale_(optimizer)  # Lightning leaves it to the optimiser, and scaled gradients would be clipped
+        parameters = _with_gradient(optimizer)
         self._grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip is not None else float("inf"))
+        guard = self._check_gradient(optimizer, self._grad_norm)
+        guard.reduce()
+        skips = guard.found | ~torch.isfinite(self._grad_norm)
+        if scaler is None and _is_fused(optimizer):
+            self._skips = skips
+            optimizer.grad_scale, optimizer.found_inf = None, skips.float()  # type: ignore[attr-defined]
+            return
+        self._skips = bool(skips)
+        if self._skips:
+            for parameter in parameters:
+                parameter.grad = None
+
+    @property
+    def _scaler(self) -> Any:
+        """The gradient scaler of 16-mixed, else None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _guarding(self, device: torch.device) -> Guard:
+        if self._guard is None:
+            self._guard = Guard(device)
+        return self._guard
+
+    def check_loss(self, name: str, loss: Tensor) -> None:
+        """Note on the device whether a loss, of the optimiser of that name, is finite; `turn` does so for its own."""
+        order = list(self.trainable_patterns())
+        self._guarding(loss.device).note(loss, self._code(order.index(name), 0))
+
+    def _check_gradient(self, optimizer: torch.optim.Optimizer, norm: Tensor | None = None) -> Guard:
+        """Note whether an optimiser's gradients are finite; a scaler that can still go down may overflow them."""
+        if norm is None:
+            gradients = [p.grad for p in _with_gradient(optimizer) if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        scale = None if self._scaler is None else self._scaler._get_scale_async()  # get_scale() waits for the device
+        every: Any = self.optimizers(use_pl_optimizer=False)
+        which = every.index(optimizer) if isinstance(every, list) else 0
+        guard = self._guarding(norm.device)
+        guard.note(norm, self._code(which, 1), unless=None if scale is None else scale > 1)
+        return guard
+
+    def _code(self, which: int, kind: int) -> int:
+        """Number of a finding: train step, place of the optimiser, 0 for its loss and 1 for its gradient."""
+        return 2 * (self._steps * len(self.trainable_patterns()) + which) + kind
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning's, but training's numbers are means over all processes: what one process with all samples logs."""
         kwargs["sync_dist"] = kwargs.get("sync_dist", False) or name.startswith("train/")
         super().log(name, value, *args, **kwargs)
 
+    def on_train_start(self) -> None:
+        """Read where the run stands, once."""
+        self._steps = int(self.train_step)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the step before it runs, so that a checkpoint made after it agrees."""
         self.train_step += 1
-        self._batch = batch
+        self._steps += 1
+        self._batches.append((self._steps, batch))
 
-    def _stop_if_not_finite(self, name: str, loss: Tensor) -> None:
-        if bool(torch.isfinite(loss)):
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Stop if the step before this one was not finite: the device has done that one and may still do this one."""
+        if self._guard is None:
             return
-        path = self._run_dir / f"nonfinite_step{int(self.train_step)}_rank{self.global_rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._batch.items()}, path
-        )
+        if self._steps % self.accumulate:
+            self._guard.reduce()
+        self._stop_if(self._guard.exchange())
+
+    def on_train_end(self) -> None:
+        """Stop if the last step was not finite."""
+        self._stop_if_not_finite()
+
+    def _stop_if_not_finite(self) -> None:
+        if self._guard is not None:
+            self._stop_if(self._guard.now())
+
+    def _stop_if(self, code: int | None) -> None:
+        """Save the batch of a finding and raise, in every process alike.
+
+        Raises:
+            NonFiniteLossError: There is one.
+        """
+        if code is None:
+            return
+        assert self._guard is not None
+        place, kind = divmod(code, 2)
+        step, which = divmod(place, len(self.trainable_patterns()))
+        path = self.save_batch("nonfinite", step)
+        name = list(self.trainable_patterns())[which]
+        value = float(self._guard.value)
+        found = "not finite in another process" if math.isfinite(value) else str(value)
         raise NonFiniteLossError(
-            f"the {name} loss is {float(loss)} at train step {int(self.train_step)}; its batch is in {path} and the "
-            "last checkpoint is unharmed: lower the learning rate, or look at that batch"
+            f"the {name} {('loss', 'gradient norm')[kind]} is {found} at train step {step}; the batch is in {path}, no "
+            "weight and no average was changed by it, and the last checkpoint is of a step before it: lower the "
+            "learning rate, or look at that batch"
         )
+
+    def save_batch(self, what: str, step: int) -> Path:
+        """Write this process's batch of a train step, one of the last two, into the run's folder.
+
+        Args:
+            what: Begin of the file's name.
+            step: The train step.
+
+        Returns:
+            The file, which holds plain tensors, texts and numbers.
+        """
+        path = self._run_dir / f"{what}_step{step}_rank{self.global_rank}.pt"
+        save_batch(dict(self._batches)[step], path)
+        return path
 
     # Images come as uint8 and become float on the device
 
@@ -345,8 +445,9 @@ class TrainingModule(LightningModule):
         return batch
 
     def on_fit_start(self) -> None:
-        """Note the run's folder, once every earlier stage is there."""
+        """Note the run's folder, once every earlier stage is there, and forget what an earlier fit found."""
         self.check_stages()
+        self._guard = None
         self._run_dir = Path(self.trainer.log_dir or ".")  # asking for it is a broadcast: all processes must
 
     @property
@@ -417,7 +518,12 @@ class TrainingModule(LightningModule):
                 log.warning("init_from=%s was trained with another %s than %s", path, argument, stage.path)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop the frozen base, and settings that are objects: a Python program gives networks and functions."""
+        """Drop the frozen base, and settings that are objects: a Python program gives networks and functions.
+
+        Raises:
+            NonFiniteLossError: The last step was not finite; the checkpoint before it stays.
+        """
+        self._stop_if_not_finite()
         settings = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         plain = {key: value for key, value in settings.items() if is_plain(value)}
         if len(plain) < len(settings):
@@ -441,3 +547,12 @@ class TrainingModule(LightningModule):
                 raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
             self.ema.load_state_dict(checkpoint["ema"], self.all_trainable())
         self.take_stages(checkpoint)
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser reads on the device that it is not to step."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _with_gradient(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -20,6 +20,7 @@ def group_rewards(raw: Tensor, lower_better: Sequence[bool]) -> Tensor:
 
     Phi is the normal distribution function, so a metric's unit and offset do not matter and r_i lies within
     Phi(-sqrt(K - 1)) and Phi(sqrt(K - 1)). A metric with std < 1e-8 (1 + |mean|) prefers nothing: its r_i is 1/2.
+    A group with a value that is not finite prefers nothing at all: its r are 1/2.
 
     Args:
         raw: The metrics m, (K, M), each in its own unit.
@@ -29,15 +30,14 @@ def group_rewards(raw: Tensor, lower_better: Sequence[bool]) -> Tensor:
         Rewards, (K,), within (0, 1), in `raw`'s type; 1/2 is "as good as the group".
 
     Raises:
-        ValueError: `raw` is no (K, M) with M directions, is empty, or holds a value that is not finite.
+        ValueError: `raw` is no (K, M) with M directions, or is empty.
     """
     if raw.ndim != 2 or raw.shape[1] != len(lower_better) or not raw.numel():
         raise ValueError(
             f"raw has shape {tuple(raw.shape)} and lower_better {len(lower_better)} entries; pass (K, M) and M of them."
         )
-    if not raw.isfinite().all():
-        raise ValueError("raw holds values that are not finite; drop the metric or the image that made them.")
-    metrics = raw.double()  # values may differ by their last digit, and their mean has one more
+    scored = torch.where(raw.isfinite().all(), raw, 0)
+    metrics = scored.double()  # values may differ by their last digit, and their mean has one more
     sign = torch.tensor([-1.0 if lower else 1.0 for lower in lower_better], dtype=metrics.dtype, device=raw.device)
     std, mean = torch.std_mean(metrics, 0, correction=0)
     flat = std < _ZERO_STD * (1 + mean.abs())

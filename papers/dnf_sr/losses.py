@@ -26,6 +26,8 @@ class Normalised(NamedTuple):
     """(K, B), within (0, 1); 1/2 is as good as the group."""
     flat: Tensor
     """Share of (group, metric) pairs without any spread, whose r_i is 1/2 throughout."""
+    unscored: Tensor
+    """(B,), true for groups with a raw reward that is not finite: they prefer nothing, r = 1/2."""
 
 
 class Branches(NamedTuple):
@@ -47,13 +49,15 @@ def normalised_rewards(raw: Tensor, std: Std = "population") -> Normalised:
         std: Divide the variance by K (`population`) or K - 1 (`sample`), which shrinks what Phi sees by a constant.
     """
     num_metrics, size, batch = raw.shape
+    unscored = ~raw.isfinite().flatten(0, 1).all(0)
+    raw = torch.where(unscored, 0, raw)
     single = [[group_rewards(raw[i, :, b, None], [False]) for b in range(batch)] for i in range(num_metrics)]
     each = torch.stack([torch.stack(row, 1) for row in single])  # (M, K, B)
     flat = (each == 0.5).all(1).float().mean()
     if std == "sample":
         shrink = math.sqrt((size - 1) / size)
         each = torch.special.ndtr(shrink * torch.special.ndtri(each.double())).to(raw.dtype)
-    return Normalised(each.mean(0), flat)
+    return Normalised(each.mean(0), flat, unscored)
 
 
 def implicit_velocities(v_old: Tensor, v: Tensor, beta: float) -> tuple[Tensor, Tensor]:

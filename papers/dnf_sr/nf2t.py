@@ -29,6 +29,7 @@ from common.autoencoder import ImageCodec
 from common.checkpoints import read_stage, resolved, trained_state
 from common.denoisers.flux import FLUX_TARGETS, FluxText
 from common.diffusion import flow_velocity
+from common.guard import Later, reduce
 from common.images import to_01
 from common.losses import mse
 from common.metrics import MetricUnavailableError, to_uint8
@@ -53,10 +54,18 @@ from papers.dnf_sr.module import Conditions, FlowRestorer, Slots
 log = logging.getLogger(__name__)
 
 OLD, THETA = "old", "theta"
+MOST_UNSCORED = 5
+"""Train steps in a row with a reward that is not finite, after which a fit stops."""
+MOST_SAVED = 10
+"""Batches with such a reward that one process saves; the others are only counted."""
 SHARED = ("pretrained", "base_dtype", "input", "t_mid", "clean_estimate", "guidance", "lora_rank", "lora_alpha")
 """Settings that must be stage 1's."""
 SHARED_IN_FIT = ("prompt_suffix", "max_tokens")
 """Settings that must be stage 1's where stage 2 is trained; a test may try others."""
+
+
+class UnscoredError(RuntimeError):
+    """A reward gave numbers that are not finite, step after step."""
 
 
 class Sample(NamedTuple):
@@ -145,6 +154,7 @@ class NF2T(FlowRestorer):
         self._sft_adapter: dict[str, Tensor] = {}
         self._comparison: list[Comparison] = []
         self.rewards = nn.ModuleDict()
+        self._scoring, self._unscored, self._saved = Later(), torch.zeros(3, dtype=torch.long), 0
 
     def _check(self) -> None:
         """Settings that contradict each other."""
@@ -314,6 +324,7 @@ class NF2T(FlowRestorer):
     def on_fit_start(self) -> None:
         """Fetch the rewards' weights now, so that a run fails before it starts."""
         super().on_fit_start()
+        self._scoring, self._unscored, self._saved = Later(), torch.zeros(3, dtype=torch.long), 0
         for name in self.reward_names:
             self._open_reward(name)
 
@@ -365,7 +376,51 @@ class NF2T(FlowRestorer):
             self.log(f"train/spread/{name}", values.std(0, correction=0).mean())
         self.log("train/flat_groups", normalised.flat)
         self.log("train/sum_2r-1", (2 * normalised.r - 1).sum(0).mean())
+        self.log("train/unscored_groups", normalised.unscored.float().mean())
+        self._count_unscored(normalised.unscored.sum())
         return normalised.r
+
+    def _count_unscored(self, found: Tensor) -> None:
+        """Count, on the device, groups without preference: steps in a row with any, groups in this step and in all."""
+        row, _, in_all = self._unscored.to(found.device)
+        self._unscored = torch.stack([torch.where(found > 0, row + 1, 0), found, in_all + found])
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Tell of the step before this one, whose numbers have come without waiting."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self._say_unscored(self._steps - 1)
+
+    def on_train_end(self) -> None:
+        """Tell of the last step."""
+        super().on_train_end()
+        self._say_unscored(self._steps)
+
+    def _say_unscored(self, step: int) -> None:
+        """Save the batch of a train step that a reward could not score.
+
+        Raises:
+            UnscoredError: A process had one in each of the last steps; all processes raise it.
+        """
+        longest = self._unscored[0].clone()
+        reduce(longest, "MAX")
+        told = self._scoring.exchange(torch.cat([self._unscored, longest[None]]))
+        if told is None:
+            return
+        _, found, in_all, row = told.tolist()
+        if found:
+            saved = f"; only the first {MOST_SAVED} such batches are saved"
+            if self._saved < MOST_SAVED:
+                self._saved += 1
+                saved = f"; the batch is in {self.save_batch('unscored', step)}"
+            log.warning(
+                "a reward is not finite for %d groups at train step %d: they have no preference (%d so far)%s",
+                *(found, step, in_all, saved),
+            )
+        if row >= MOST_UNSCORED:
+            raise UnscoredError(
+                f"a reward is not finite in {row} train steps in a row, up to step {step}: the last checkpoint is "
+                f"unharmed; look at {self._run_dir}/unscored_*.pt, or leave that reward out of model.rewards"
+            )
 
     def score(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Raw rewards of images (B,3,H,W) in [0,1] by name, each (B,); those with a reference need `hq`."""
@@ -430,7 +485,7 @@ class NF2T(FlowRestorer):
         elif last:
             update(loss / self.group_size)
         else:
-            self._stop_if_not_finite(THETA, loss)
+            self.check_loss(THETA, loss)
             with self._unsynchronised():
                 self.manual_backward(loss / self.group_size / self.accumulate)
 

@@ -82,10 +82,12 @@ class TestGroupRewards:
         for wrong, lower in ((raw(), [False] * 2), (raw()[:, 0], [False]), (torch.zeros(0, 2), [False] * 2)):
             with pytest.raises(ValueError, match=r"raw has shape \(.*\) and lower_better \d entries"):
                 group_rewards(wrong, lower)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_of_a_group_with_a_value_that_is_not_finite_prefer_nothing(self, value: float) -> None:
         values = raw()
-        values[2, 1] = math.nan
-        with pytest.raises(ValueError, match="not finite"):
-            group_rewards(values, [False] * 3)
+        values[2, 1] = value
+        assert (group_rewards(values, [False] * 3) == 0.5).all()
 
 
 class TestClippedRewards:

@@ -693,3 +693,60 @@ def test_a_checkpoint_holds_stage_ones_encoder_whatever_becomes_of_its_file(
     assert torch.equal(other.upscale(low(batch), batch["prompt"]).sr, expected)
     assert bool(other._sft_adapter) is (change == "none")  # what a test compares with
     assert ("holds other weights than this checkpoint's run had" in caplog.text) is (change == "altered")
+
+
+class TestUnscored:
+    """A reward that is not finite takes a group's preference, and nothing else."""
+
+    def fit(self, model: NF2T, batch: Batch, folder: Path, bad: set[int], steps: int) -> list[Tensor]:
+        """Fit; in the bad steps the second image's first restoration has a NaN. Returns each step's rewards r."""
+        score, judge, given = model.score, model.judge, list[Tensor]()
+
+        def scored(x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
+            values = score(x_01, batch)
+            if int(model.train_step) in bad and len(given) < int(model.train_step):
+                values["neg_mse"] = values["neg_mse"].clone().index_fill(0, torch.tensor([1]), math.nan)
+            return values
+
+        def judged(samples: Any, batch: Batch) -> Tensor:
+            given.append(judge(samples, batch))
+            return given[-1]
+
+        model.score, model.judge = scored, judged  # type: ignore[method-assign]
+        runner = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder,
+        )  # fmt: skip
+        runner.fit(model, loader([dict(batch) for _ in range(steps)]))
+        return given
+
+    def test_the_fit_goes_on_without_that_groups_preference(
+        self, make: Make, batch: Batch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = make()
+        r = self.fit(model, batch, tmp_path, {2, 3}, steps=3)
+        assert (r[1][:, 1] == 0.5).all()
+        assert not (r[1][:, 0] == 0.5).all()
+        assert not (r[0] == 0.5).all(0).any()
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        said = [record.getMessage() for record in caplog.records if "have no preference" in record.getMessage()]
+        assert ["(1 so far)" in said[0], "(2 so far)" in said[1]] == [True, True]
+        saved = sorted(path.name for path in tmp_path.rglob("unscored_*.pt"))
+        assert saved == ["unscored_step2_rank0.pt", "unscored_step3_rank0.pt"]
+        found = torch.load(next(tmp_path.rglob("unscored_step2*")), weights_only=True)
+        assert found["name"] == batch["name"]
+
+    def test_it_stops_after_several_in_a_row(self, make: Make, batch: Batch, tmp_path: Path) -> None:
+        model = make(group_size=2, fast_on_policy=True)
+        with pytest.raises(nf2t.UnscoredError, match="in 5 train steps in a row, up to step 7:"):
+            self.fit(model, batch, tmp_path, {1, 3, 4, 5, 6, 7}, steps=8)
+        assert len(list(tmp_path.rglob("unscored_*.pt"))) == 6
+
+    def test_no_reward_of_that_group_is_heard(self) -> None:
+        raw = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+        expected = normalised_rewards(raw).r
+        raw[1, 3, 2] = math.inf
+        found = normalised_rewards(raw)
+        assert found.unscored.tolist() == [False, False, True]
+        assert (found.r[:, 2] == 0.5).all()
+        assert torch.equal(found.r[:, :2], expected[:, :2])
