@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -32,7 +32,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from common.checkpoints import read_checkpoint
 from common.files import inside
 from launch import signals
-from launch.callbacks import EndOnSignal, HoldFolder, InitFrom, RunInfo
+from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, RunInfo
 from launch.errors import UsageError, plain
 from launch.runs import find_stage, paper_of, run_folder_of, run_name_of, stored_model
 
@@ -111,7 +111,7 @@ class IsrCLI(LightningCLI):
             default=None,
             help="Name of the run; default: the file name of the first config with a model.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
         # a version counter would write last-v1.ckpt beside the old last.ckpt when a run goes on in its folder
         parser.set_defaults(
             {"checkpoint.save_last": True, "checkpoint.save_top_k": 1, "checkpoint.enable_version_counter": False}
