@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,9 @@ class SRData(LightningDataModule):
         predict: Low-quality images: folder, image, txt list or manifest. Of a folder of pairs, the LQ images are taken.
         scale: Super-resolution factor.
         crop_size: Side of a training crop, HQ px.
-        batch_size: Training crops of one rank's batch.
+        batch_size: Training crops of one process's batch; null is 4, or what `global_batch_size` gives.
+        global_batch_size: Training crops of one update: those of a batch, times the processes, times the batches that
+            `model.accumulate` makes an update of. A process's batch follows from it. Set this or batch_size.
         num_workers: Processes that make training batches on each rank; 0 makes them in the main process.
         degradation: osediff, omgsr, invsr, bicubic, or a DegradationConfig's fields.
         train_degradation: Likewise, of training crops alone; null is `degradation`.
@@ -124,7 +127,8 @@ class SRData(LightningDataModule):
         predict: str | None = None,
         scale: int = 4,
         crop_size: int = 512,
-        batch_size: int = 4,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         num_workers: int = 4,
         degradation: str | DegradationConfig = "osediff",
         train_degradation: str | DegradationConfig | None = None,
@@ -143,6 +147,7 @@ class SRData(LightningDataModule):
         check_on_error(on_error or "raise")
         for name, value, least in (
             ("batch_size", batch_size, 1),
+            ("global_batch_size", global_batch_size, 1),
             ("num_workers", num_workers, 0),
             ("batches_per_epoch", batches_per_epoch, 1),
             ("val_seeds", val_seeds, 1),
@@ -151,12 +156,18 @@ class SRData(LightningDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is out of range; set {name} >= {least}")
+        if batch_size is not None and global_batch_size is not None:
+            raise ValueError(
+                f"batch_size={batch_size} and global_batch_size={global_batch_size} are both set; set one of them to "
+                "null: batch_size counts the crops of one process, global_batch_size those of one update"
+            )
         unknown = sorted(set(prompts) - set(_SPLITS)) if isinstance(prompts, dict) else []
         if unknown:
             raise ValueError(f"prompts has the keys {', '.join(unknown)}; use {', '.join(_SPLITS)}")
         self.train, self.val, self.test, self.predict = train, val, test, predict
         self.scale, self.crop_size, self.eval_crop_size = scale, crop_size, eval_crop_size or crop_size
-        self.batch_size, self.num_workers, self.batches_per_epoch = batch_size, num_workers, batches_per_epoch
+        self.batch_size, self.global_batch_size = batch_size or global_batch_size or 4, global_batch_size
+        self.num_workers, self.batches_per_epoch = num_workers, batches_per_epoch
         self.val_seeds, self.val_crops, self.seed, self.flips = val_seeds, val_crops, seed or 0, flips
         self.prompts, self.on_error = prompts, on_error or "skip"
         self.on_pair_error: OnError = on_error or "raise"
@@ -262,12 +273,14 @@ class SRData(LightningDataModule):
 
         Raises:
             FileNotFoundError: A source does not exist.
-            ValueError: The stage has no data, its files do not fit, or the model has another scale.
+            ValueError: The stage has no data, its files do not fit, the model has another scale, or the global batch
+                has no equal parts.
         """
         model: Any = self.trainer.lightning_module if self.trainer is not None else None
         if getattr(model, "scale", self.scale) != self.scale:
             raise ValueError(f"data.scale={self.scale} is not model.scale={model.scale}; set both to one value")
         if stage == "fit":
+            self._divide_batch()
             self.train_images = self._train_images()
         if stage in {"fit", "validate"}:
             self._take("val", self._val_sets())
@@ -303,6 +316,28 @@ class SRData(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         """(number of ranks, this rank)."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _divide_batch(self) -> None:
+        """Set a process's batch to its part of the global one, and say what an update is made of."""
+        if self.trainer is None:
+            return
+        processes, rank = self._ranks()
+        accumulated = getattr(self.trainer.lightning_module, "accumulate", self.trainer.accumulate_grad_batches)
+        parts, whole = processes * accumulated, self.global_batch_size
+        if whole is not None and whole % parts:
+            near = " or ".join(str(n) for n in (whole // parts * parts, (whole // parts + 1) * parts) if n)
+            raise ValueError(
+                f"global_batch_size={whole} has no equal parts for {processes} processes x {accumulated} accumulated "
+                f"batches; set data.init_args.global_batch_size to {near}, or other trainer.devices or model.accumulate"
+            )
+        if whole is not None:
+            self.batch_size = whole // parts
+        if rank == 0:
+            print(
+                f"isr: global batch {self.batch_size * parts} = {self.batch_size} x {processes} x {accumulated} "
+                "(batch of a process x processes x accumulated batches)",
+                file=sys.stderr,
+            )
 
     def _epoch_batches(self, dataset_size: int, world_size: int) -> int:
         """Batches of an epoch, cut to the trainer's limit so that the sampler's epochs are Lightning's.

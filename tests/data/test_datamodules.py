@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -445,3 +446,64 @@ class TestImports:
                 modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not {m.split(".")[0] for m in modules} & {"torchvision", "pyiqa", "skimage", "papers", "launch"}
+
+
+class TestGlobalBatch:
+    """`global_batch_size` is what an update sees, whatever shares it out."""
+
+    def on(self, processes: int, accumulate: int, **kwargs: Any) -> SRData:
+        datamodule = SRData(num_workers=0, crop_size=16, **kwargs)
+        datamodule.trainer = SimpleNamespace(
+            world_size=processes,
+            global_rank=0,
+            accumulate_grad_batches=1,
+            limit_train_batches=1.0,
+            overfit_batches=0,
+            lightning_module=SimpleNamespace(train_step=0, accumulate=accumulate),
+        )  # type: ignore[assignment]  # what is asked of a trainer
+        datamodule.setup("fit")
+        return datamodule
+
+    @pytest.mark.parametrize(
+        ("whole", "processes", "accumulate", "each"), [(16, 8, 1, 2), (16, 1, 1, 16), (120, 8, 1, 15), (16, 2, 4, 2)]
+    )
+    def test_a_process_takes_its_part(
+        self, whole: int, processes: int, accumulate: int, each: int, hq: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        datamodule = self.on(processes, accumulate, train=str(hq), global_batch_size=whole)
+        assert len(next(iter(datamodule.train_dataloader()))["lq"]) == each
+        assert f"isr: global batch {whole} = {each} x {processes} x {accumulate} (" in capsys.readouterr().err
+
+    def test_a_batch_of_a_process_says_what_it_comes_to(self, hq: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.on(8, 2, train=str(hq), batch_size=16)
+        assert "isr: global batch 256 = 16 x 8 x 2 (" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("whole", "processes", "accumulate", "near"),
+        [(16, 3, 1, "15 or 18"), (6, 8, 1, "8"), (120, 7, 2, "112 or 126")],
+    )
+    def test_what_has_no_equal_parts_is_refused_with_what_has(
+        self, whole: int, processes: int, accumulate: int, near: str, hq: Path
+    ) -> None:
+        expected = (
+            rf"global_batch_size={whole} .* {processes} processes x {accumulate} .*global_batch_size to {near}, or"
+        )
+        with pytest.raises(ValueError, match=expected):
+            self.on(processes, accumulate, train=str(hq), global_batch_size=whole)
+
+    def test_both_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="batch_size=2 and global_batch_size=16 are both set"):
+            Photos(batch_size=2, global_batch_size=16)
+        with pytest.raises(ValueError, match="global_batch_size=0 is out of range"):
+            SRData(global_batch_size=0)
+
+    def test_every_paper_scale_config_names_the_papers_batch(self) -> None:
+        root = Path(__file__).resolve().parents[2]
+        found = {}
+        for path in sorted(root.glob("papers/*/configs/*.yaml")):
+            arguments = (yaml.safe_load(path.read_text()).get("data") or {}).get("init_args") or {}
+            if "tiny" not in path.stem and {"batch_size", "global_batch_size"} & arguments.keys():
+                assert "batch_size" not in arguments, path
+                found[path.stem] = arguments["global_batch_size"]
+        assert len(found) >= 14
+        assert (found["sd21"], found["foundation_f2i"], found["kontext_sft"], found["seesr"]) == (16, 120, 8, 8)
