@@ -41,7 +41,7 @@ class Inference:
         overlap: Pixels that neighbouring tiles share in the output.
         blend: How overlaps are joined: plain `average`, `feather` or `gaussian`.
         metrics: Ids of the metrics computed on validation and test images, see `common.metrics`.
-        preview: Images a data set that validation shows in TensorBoard.
+        preview: Images of a data set that validation shows in the run's loggers.
         large: Predicted images of more output megapixels are made tile by tile on disk: memory does not grow with the
             image, and a killed run goes on with the tiles it has. Needs `tile`; null keeps every image in memory.
         file_type: Of predicted images: `png` or `tif`.

@@ -34,6 +34,9 @@ from common.checkpoints import (
 from common.draws import Draws
 from common.ema import EMA
 from common.guard import Guard, save_batch
+from common.images import write_png
+from common.loggers import file_name, show
+from common.metrics import to_uint8
 from common.parameters import Row, is_lora
 from common.stages import Stage, recorded
 
@@ -472,10 +475,17 @@ class TrainingModule(LightningModule):
         return [item for part in parts for item in part]
 
     def show_image(self, name: str, image: Tensor) -> None:
-        """Add an image (3,H,W) in [0,1] to TensorBoard, if that is what logs; not in the sanity check."""
-        experiment: Any = getattr(self.trainer.logger, "experiment", None)
-        if hasattr(experiment, "add_image") and not self.trainer.sanity_checking:
-            experiment.add_image(name, image, self.trainer.global_step)
+        """Give an image (3,H,W) in [0,1] to every logger that takes images; not in the sanity check.
+
+        Where no logger does, it is written to `images` in the run's folder.
+        """
+        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+            return
+        step = self.trainer.global_step
+        shown = [show(logger, name, image, step) for logger in self.trainer.loggers]
+        if shown and not any(shown):
+            pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+            write_png(self._run_dir / "images" / f"{file_name(name)}_step{step}.png", pixels)
 
     # The averaged weights are what is looked at
 
@@ -486,6 +496,7 @@ class TrainingModule(LightningModule):
     def on_validation_start(self) -> None:
         """Put the averages in; the end of the epoch takes them out."""
         self.check_stages()
+        self._run_dir = self._results()  # asking for it is a broadcast: all processes must
         self._swap_ema()
 
     def on_validation_epoch_end(self) -> None:

@@ -215,8 +215,9 @@ class InitFrom(Callback):
 class Checkpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose last.ckpt is the run's last step, and which keeps more than that one.
 
-    `last.ckpt` is written at every saving point (`every_n_train_steps`, `every_n_epochs`, `train_time_interval`), after
-    every validation, and when a fit ends. An error between two steps writes it as well where one process trains.
+    `last.ckpt` is written at every saving point (`every_n_train_steps` or `train_time_interval`; without both, the end of
+    validation and of an epoch) and when a fit ends. An error between two steps writes it as well where one process
+    trains.
 
     Args:
         keep: Without a monitor: checkpoints kept besides last.ckpt, spread evenly over `trainer.max_steps`. With one,
@@ -277,7 +278,7 @@ class Checkpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save last.ckpt, whether or not it is one of the best."""
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._every_n_epochs and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -293,7 +294,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         """Save this step as last.ckpt if it is not there."""
-        if not trainer.fast_dev_run and trainer.global_step != self._last_step:
+        if not getattr(trainer, "fast_dev_run", False) and trainer.global_step != self._last_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ What differs from plain LightningCLI:
   there. Each difference is said.
 * `--seed_everything` is the random seed of model and data, too, unless `model.seed` or `data.seed` is set.
 * A model's setting `runs/<paper>/<name>` is a run below `--runs`, of which the newest checkpoint is taken.
+* On several devices `strategy: auto` is one that our methods train with.
 * The checkpoint, run-information and learning-rate callbacks cannot be dropped by a second config.
 * `predict` streams to files and keeps nothing in memory.
 * Errors are one line.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,10 +29,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.checkpoints import read_checkpoint
 from common.files import inside
+from common.training import TrainingModule
 from launch import signals
 from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, RunInfo
 from launch.errors import UsageError, plain
@@ -205,6 +209,8 @@ class IsrCLI(LightningCLI):
         if config.trainer.logger is None:
             kwargs["logger"] = self._run_logger(config)
         trainer = super().instantiate_trainer(**kwargs)
+        if config.trainer.strategy == "auto":
+            self._choose_strategy(trainer)
         if config.get("init_from"):
             trainer.callbacks.append(InitFrom(config.init_from))  # type: ignore[attr-defined]  # Lightning's mixin
         if config.get("output"):
@@ -214,6 +220,26 @@ class IsrCLI(LightningCLI):
                 raise UsageError("skip_existing=true needs the folder of the images that are there; set --output")
             self.model.skip_existing = True
         return trainer
+
+    def _choose_strategy(self, trainer: Trainer) -> None:
+        """On several devices let a fit of our methods leave parameters without a gradient, which plain `ddp` refuses.
+
+        Two optimisers use different parameters in their turns, and dropped conditions use none.
+        """
+        strategy = trainer.strategy
+        if (
+            self.subcommand != "fit"
+            or not isinstance(strategy, DDPStrategy)
+            or not isinstance(self.model, TrainingModule)
+        ):
+            return
+        strategy._ddp_kwargs["find_unused_parameters"] = True
+        if trainer.is_global_zero:
+            print(
+                "isr: trainer.strategy=ddp_find_unused_parameters_true, since not every step uses every parameter; set "
+                "--trainer.strategy=ddp where all are used, which is faster",
+                file=sys.stderr,
+            )
 
     def _run_logger(self, config: Any) -> TensorBoardLogger:
         """TensorBoard in the run's folder: a new version, or the checkpoint's own."""

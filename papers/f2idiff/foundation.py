@@ -222,7 +222,7 @@ class Foundation(TrainingModule):
         return to_01(self.codec.decode(z)).clamp(0, 1)
 
     def _show_samples(self, folder: Path) -> None:
-        """Photo, sample by its condition, sample without: one row an example, to TensorBoard and a PNG."""
+        """Photo, sample by its condition, sample without: one row an example, to the loggers and a PNG."""
         examples, self._examples = self._examples, []
         if not examples or self.trainer.sanity_checking:
             return

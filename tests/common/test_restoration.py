@@ -573,9 +573,8 @@ class TestScores:
     ) -> None:
         calls: list[tuple[str, int]] = []
         tensorboard = SimpleNamespace(add_image=lambda name, image, step: calls.append((name, step)))
-        for experiment in (tensorboard, None):
-            logger = SimpleNamespace(experiment=experiment)
-            trainer = SimpleNamespace(logger=logger, sanity_checking=checking, global_step=7)
+        for loggers in ([SimpleNamespace(experiment=tensorboard)], []):
+            trainer = SimpleNamespace(loggers=loggers, sanity_checking=checking, global_step=7, is_global_zero=True)
             monkeypatch.setattr(Toy, "trainer", trainer)
             Toy().show_image("a", torch.zeros(3, 2, 2))
         assert calls == shown

@@ -19,7 +19,7 @@ from launch.cli import main
 
 from ..command_line import ENVIRONMENT, ROOT, run, shell, shell_of_all
 
-TWO = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true", "--trainer.accelerator=cpu"]
+TWO = ["--trainer.devices=2", "--trainer.accelerator=cpu"]  # trainer.strategy is chosen for the method
 QUIET = ["--trainer.enable_progress_bar=false"]
 
 

@@ -1,0 +1,52 @@
+"""Images for the loggers of a run: each kind takes them in a way of its own, and some take none."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from torch import Tensor
+
+from common.metrics import to_uint8
+
+log = logging.getLogger(__name__)
+
+
+def show(logger: Any, name: str, image: Tensor, step: int) -> bool:
+    """Give an image to a Lightning logger: TensorBoard, W&B, MLflow, Comet, or one that takes images as one of them.
+
+    A logger that fails to take it is named in the log, and the run goes on.
+
+    Args:
+        logger: The logger.
+        name: What the image shows.
+        image: (3, H, W), RGB, [0, 1].
+        step: Train step.
+
+    Returns:
+        True if the logger has it.
+    """
+    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    try:
+        if hasattr(logger, "log_image"):  # W&B
+            logger.log_image(key=name, images=[pixels], step=step)
+            return True
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_image"):  # TensorBoard
+            experiment.add_image(name, image, step)
+            return True
+        if hasattr(experiment, "log_image"):
+            if getattr(logger, "run_id", None) is not None:  # MLflow
+                experiment.log_image(logger.run_id, pixels, f"{file_name(name)}_step{step}.png")
+            else:  # Comet
+                experiment.log_image(pixels, name=name, step=step)
+            return True
+    except Exception as error:
+        log.warning("%s does not take the image %s: %s", type(logger).__name__, name, error)
+    return False
+
+
+def file_name(name: str) -> str:
+    """An image's name as part of a file's: `val/photos: lq | sr` -> `val_photos_lq_sr`."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "image"
