@@ -157,7 +157,7 @@ ITEMS: list[Step | Restore | Feed] = [
     ),
     Restore("restore dfosd/sd21", **_DFOSD, overrides=_DFOSD_RANDOM),
     Step("dfosd/sd21, no checkpointing", **_DFOSD, overrides=[*_DFOSD_RANDOM, "--model.gradient_checkpointing=false"]),
-    Step("dfosd/sd21, fused AdamW", **_DFOSD, overrides=[*_DFOSD_RANDOM, "--model.optimizer.init_args.fused=true"]),
+    Step("dfosd/sd21, plain AdamW", **_DFOSD, overrides=[*_DFOSD_RANDOM, "--model.optimizer.init_args.fused=false"]),
     Step("dfosd/sd21, channels_last", **_DFOSD, overrides=_DFOSD_RANDOM, prepare=channels_last),
     Step("dfosd/sd21, TF32", **_DFOSD, overrides=_DFOSD_RANDOM, tf32=True),
     Restore("restore dm_sr/sd_turbo", **_DM_SR, overrides=_DM_SR_RANDOM, tiny=["--model.estimator={estimator}"]),

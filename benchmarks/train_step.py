@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [-c CONFIG [-c OVERLAY ...]] [--steps N] [--batch B [B ...]] [--model.ARG=VALUE ...]
 
-Default: DFOSD's demo. Crop and batch are the configuration's unless given; precision and accelerator are its own.
+Default: DFOSD's demo. Crop and global batch are the configuration's unless given; precision and accelerator too.
 Each batch size takes one step before the clock starts (texts are encoded and remembered, the optimisers' moments are
 made), then N steps that are timed as a whole, then N steps that are timed network by network, which on a GPU waits for
 each network and so takes longer. A network's time is that of its forward calls; `backward` includes what gradient
@@ -298,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     configs = options.config or [DEFAULT]
     torch.set_num_threads(options.threads)
     data, trained = section(configs, "data"), section(configs, "trainer")
-    crop, sizes = options.crop or data["crop_size"], options.batch or [data["batch_size"]]
+    batch = data.get("global_batch_size") or data.get("batch_size")
+    crop, sizes = options.crop or data["crop_size"], options.batch or [batch]
 
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

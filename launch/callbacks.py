@@ -215,8 +215,8 @@ class InitFrom(Callback):
 class Checkpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose last.ckpt is the run's last step, and which keeps more than that one.
 
-    `last.ckpt` is written at every saving point (`every_n_train_steps` or `train_time_interval`; without both, the end of
-    validation and of an epoch) and when a fit ends. An error between two steps writes it as well where one process
+    `last.ckpt` is written at every saving point (`every_n_train_steps` or `train_time_interval`; without both, the end
+    of validation and of an epoch) and when a fit ends. An error between two steps writes it as well where one process
     trains.
 
     Args:
