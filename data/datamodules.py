@@ -280,10 +280,11 @@ class SRData(LightningDataModule):
         if getattr(model, "scale", self.scale) != self.scale:
             raise ValueError(f"data.scale={self.scale} is not model.scale={model.scale}; set both to one value")
         if stage == "fit":
-            self._divide_batch()
             self.train_images = self._train_images()
         if stage in {"fit", "validate"}:
             self._take("val", self._val_sets())
+        if stage == "fit":
+            self._divide_batch()
         if stage == "test":
             self._take("test", self._test_sets())
         if stage == "predict":
@@ -317,12 +318,16 @@ class SRData(LightningDataModule):
         """(number of ranks, this rank)."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _divide_batch(self) -> None:
-        """Set a process's batch to its part of the global one, and say what an update is made of."""
+    def _parts(self) -> tuple[int, int]:
+        """(processes, batches that make an update), between which a global batch is shared out."""
         if self.trainer is None:
-            return
-        processes, rank = self._ranks()
-        accumulated = getattr(self.trainer.lightning_module, "accumulate", self.trainer.accumulate_grad_batches)
+            return 1, 1
+        model, accumulated = self.trainer.lightning_module, getattr(self.trainer, "accumulate_grad_batches", 1)
+        return self.trainer.world_size, getattr(model, "accumulate", accumulated)
+
+    def _divide_batch(self) -> None:
+        """Set a process's batch to its part of the global one."""
+        processes, accumulated = self._parts()
         parts, whole = processes * accumulated, self.global_batch_size
         if whole is not None and whole % parts:
             near = " or ".join(str(n) for n in (whole // parts * parts, (whole // parts + 1) * parts) if n)
@@ -332,12 +337,6 @@ class SRData(LightningDataModule):
             )
         if whole is not None:
             self.batch_size = whole // parts
-        if rank == 0:
-            print(
-                f"isr: global batch {self.batch_size * parts} = {self.batch_size} x {processes} x {accumulated} "
-                "(batch of a process x processes x accumulated batches)",
-                file=sys.stderr,
-            )
 
     def _epoch_batches(self, dataset_size: int, world_size: int) -> int:
         """Batches of an epoch, cut to the trainer's limit so that the sampler's epochs are Lightning's.
@@ -377,6 +376,13 @@ class SRData(LightningDataModule):
         if self.train_images is None:
             raise RuntimeError("train_dataloader was asked before setup('fit'); call setup('fit') first")
         world_size, rank = self._ranks()
+        if self.trainer is not None and rank == 0:
+            processes, accumulated = self._parts()
+            print(
+                f"isr: global batch {self.batch_size * processes * accumulated} = {self.batch_size} x {processes} x "
+                f"{accumulated} (batch of a process x processes x accumulated batches)",
+                file=sys.stderr,
+            )
         size = len(self.train_images)
         sampler = StreamSampler(
             size,

@@ -475,7 +475,7 @@ class TestGlobalBatch:
         assert f"isr: global batch {whole} = {each} x {processes} x {accumulate} (" in capsys.readouterr().err
 
     def test_a_batch_of_a_process_says_what_it_comes_to(self, hq: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.on(8, 2, train=str(hq), batch_size=16)
+        self.on(8, 2, train=str(hq), batch_size=16).train_dataloader()
         assert "isr: global batch 256 = 16 x 8 x 2 (" in capsys.readouterr().err
 
     @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ModelSummary
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelSummary
 from PIL import Image
 
 from launch import lightning_cli
-from launch.callbacks import EndOnSignal, HoldFolder, RunInfo
+from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, RunInfo
 from launch.cli import main
 from launch.errors import plain
 from launch.lightning_cli import IsrCLI, SaveConfig
@@ -230,7 +230,7 @@ class TestCallbacks:
         own = self.config(tmp_path / "own.yaml", "trainer: {callbacks: [{class_path: ModelSummary}]}")
         arguments = ["fit", "-c", DEMO, "-c", own, "--runs", tmp_path, "--trainer.enable_model_summary=true"]
         kinds = self.kinds(isr(*arguments, made=NotRun))
-        for kind in (HoldFolder, EndOnSignal, RunInfo, LearningRateMonitor, ModelCheckpoint, SaveConfig, ModelSummary):
+        for kind in (HoldFolder, EndOnSignal, RunInfo, LearningRateMonitor, Checkpoint, SaveConfig, ModelSummary):
             assert kinds.count(kind) == 1, kind
 
     def test_a_plus_appends_to_those_of_the_first_config(self, isr: Any, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ class TestCallbacks:
             tmp_path / "b.yaml", "trainer: {enable_model_summary: true, callbacks+: [{class_path: ModelSummary}]}"
         )
         kinds = self.kinds(isr("fit", "-c", DEMO, "-c", first, "-c", second, "--runs", tmp_path, made=NotRun))
-        assert {EarlyStopping, ModelSummary, RunInfo, LearningRateMonitor, ModelCheckpoint} <= set(kinds)
+        assert {EarlyStopping, ModelSummary, RunInfo, LearningRateMonitor, Checkpoint} <= set(kinds)
 
 
 class TestPredict:
