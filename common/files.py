@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
+from common.made import note, record_of, refuse_foreign
+
 log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
@@ -175,27 +177,36 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def replacing(path: str | Path, shared: bool = True) -> Iterator[Path]:
+def replacing(path: str | Path, shared: bool = True, recorded: bool = True) -> Iterator[Path]:
     """A temporary path beside a target, which takes the target's place once the block has succeeded.
+
+    Below a folder with a record (`common.made`), a target is replaced only if it is ours, and is recorded.
 
     Args:
         path: Target; missing folders are made.
         shared: Whether several processes may write the target at a time; if not, what a killed one left is overwritten
             by the next.
+        recorded: False for what is removed again.
 
     Yields:
         Where to write; removed if the block fails.
 
     Raises:
+        FileExistsError: The target is there and not ours.
         OSError: The disk is full or the folder cannot be written; the message names the target.
     """
     path = Path(path)
+    recorded = recorded and record_of(path) is not None
+    if recorded:
+        refuse_foreign([path])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # were it a link, writing would follow it
         try:
             yield temporary
+            if recorded:
+                note(path, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

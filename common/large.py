@@ -215,7 +215,7 @@ class TileStore:
             changed = ", ".join(name for name in now if before.get(name) != now[name])
             log.warning("%s holds tiles of another %s; starting afresh", self.folder, changed)
         self.clear()
-        with _replacing(self._fingerprint) as file:
+        with _replacing(self._fingerprint, recorded=False) as file:
             file.write(json.dumps(now, indent=1).encode())
 
     def has(self, top: int, left: int) -> bool:
@@ -240,7 +240,7 @@ class TileStore:
                 f"restore made values that are not finite of the tile at row {top}, column {left}; look for the "
                 "overflow that made them (trainer.precision=32 has none)"
             )
-        with _replacing(self._path(top, left)) as file:
+        with _replacing(self._path(top, left), recorded=False) as file:
             file.write(x.transpose(0, 1).contiguous().numpy().data)
 
     def band(self, band: Band) -> Tensor:
@@ -384,9 +384,9 @@ def _writer(target: Path) -> Callable[[Path, Iterable[Pixels], int, int], None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path, recorded: bool = True) -> Iterator[BinaryIO]:
     """A file that takes the path's place once it is on disk."""
-    with replacing(path, shared=False) as temporary, temporary.open("wb") as file:
+    with replacing(path, shared=False, recorded=recorded) as temporary, temporary.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from common.color import color_fix
 from common.files import csv_text, inside, replacing
 from common.images import bicubic_upsample, write_png
 from common.large import upscale_large, write_tiff_rows
-from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, to_uint8
+from common.made import refuse_alike, refuse_foreign
+from common.metrics import Image, MetricProtocol, MetricUnavailableError, build_metric, to_uint8
 from common.tiling import pad_to_multiple, tiled
 from common.training import Batch, TrainingModule
 
@@ -107,8 +109,10 @@ class RestorationModule(TrainingModule):
             raise ValueError(
                 f"inference.tile={tile} and overlap={overlap} must be multiples of {scale}, overlap < tile"
             )
+        self.results_file: Path | None = None  # what the only image is predicted to, instead of `results_dir`
         self.skip_existing, self.skipped = False, 0  # predicted images whose file is there
         self._scores: list[Score] = []
+        self._said: set[str] = set()  # why images have no number
         self._previews: dict[str, list[Tensor]] = defaultdict(list)
         self._metrics: dict[str, MetricProtocol | str] = {}
 
@@ -135,6 +139,46 @@ class RestorationModule(TrainingModule):
         return bicubic_upsample(x_lq, self.scale)
 
     # Inference
+
+    def output_folder(self, stage: str) -> Path:
+        """That of `results_file`, where it is set."""
+        return self.results_file.parent if self.results_file is not None else super().output_folder(stage)
+
+    def check_output(self, stage: str) -> None:
+        """Refuse also to predict over files of other making, before anything is loaded.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            FileExistsError: A file that would be written is there, was not made by a prediction, and is not to be kept.
+            ValueError: The output lies in an input, or one file is named for several images.
+        """
+        if stage != "predict":
+            super().check_output(stage)
+            return
+        names = self._names_to_predict()
+        if self.results_file is None:
+            super().check_output(stage)
+        elif len(names) == 1:
+            self._check_apart(stage, self.results_file, within=True)
+        else:
+            raise ValueError(
+                f"output={self.results_file} is one file, and predict has {len(names)} images; give a folder"
+            )
+        folder = self.output_folder(stage)
+        targets = [self._target(folder, name) for name in names]
+        refuse_alike(folder, targets)
+        if not self.skip_existing:
+            refuse_foreign(targets, "give another output, or --skip_existing true to leave them as they are")
+
+    def _names_to_predict(self) -> list[str]:
+        names = getattr(getattr(self.trainer, "datamodule", None), "names_to_predict", None)
+        return [] if names is None else names()
+
+    def _target(self, folder: Path, name: str) -> Path:
+        """The file that an image is predicted to."""
+        return self.results_file or inside(folder, f"{name}.{self.inference.file_type}")
 
     @torch.no_grad()
     def upscale(self, x_lq: Tensor, prompts: list[str], conditions: Any = None) -> Upscaled:
@@ -197,7 +241,8 @@ class RestorationModule(TrainingModule):
         self._score(self.run_name, dataset, batch, sr)
         if self.inference.color_fix != "none":
             self._score(f"{self.run_name} (raw)", dataset, batch, raw)
-        self._write(inside(self._results() / "test", dataset), batch["name"], sr)
+        folder = inside(self._results() / "test", dataset)
+        self._write([inside(folder, f"{name}.png") for name in batch["name"]], sr)
         self.tested(batch, conditions, sr, batch_idx, dataloader_idx)
         return sr
 
@@ -206,13 +251,14 @@ class RestorationModule(TrainingModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Upscale a batch to files named after the inputs; nothing is kept in memory."""
-        folder = self.results_dir or self._results() / "predict"
-        targets = [inside(folder, f"{name}.{self.inference.file_type}") for name in batch["name"]]
+        folder = self.output_folder("predict")
+        targets = [self._target(folder, name) for name in batch["name"]]
         if self.skip_existing and all(target.is_file() for target in targets):
             self.skipped += len(targets)
             return
+        refuse_foreign(targets)
         if not self.is_large(batch["lq"]):
-            self._write(folder, batch["name"], self.upscale(batch["lq"], batch["prompt"]).sr, self.inference.file_type)
+            self._write(targets, self.upscale(batch["lq"], batch["prompt"]).sr)
             return
         for x_lq, prompt, target in zip(batch["lq"].split(1), batch["prompt"], targets, strict=True):
             self._upscale_to(target, x_lq, prompt)
@@ -276,10 +322,10 @@ class RestorationModule(TrainingModule):
         finally:
             bar.remove_task(task)
 
-    def _write(self, folder: Path, names: list[str], x_01: Tensor, file_type: Literal["png", "tif"] = "png") -> None:
-        for name, image in zip(names, to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            path = inside(folder, f"{name}.{file_type}")
-            if file_type == "png":
+    @staticmethod
+    def _write(paths: list[Path], x_01: Tensor) -> None:
+        for path, image in zip(paths, to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+            if path.suffix.lower() == ".png":
                 write_png(path, image)
             else:
                 write_tiff_rows(path, [image], *image.shape[:2])
@@ -291,10 +337,10 @@ class RestorationModule(TrainingModule):
             for metric_id in self.inference.metrics:
                 metric = self._metric(metric_id)
                 if isinstance(metric, str):
-                    self._scores.append(Score(method, dataset, name, metric_id, None, f"not computed: {metric}"))
+                    self._scores.append(Score(method, dataset, name, metric_id, None, f"{_NOT_COMPUTED}{metric}"))
                 elif hq_u8 is not None or not metric.needs_hq:
-                    value = metric(sr_u8, hq_u8)
-                    self._scores.append(Score(method, dataset, name, metric_id, value, metric.describe()))
+                    value, protocol = measured(metric, sr_u8, hq_u8)
+                    self._scores.append(Score(method, dataset, name, metric_id, value, protocol))
 
     def _metric(self, metric_id: str) -> MetricProtocol | str:
         """The metric, or the reason why it cannot be had, found out once."""
@@ -306,6 +352,19 @@ class RestorationModule(TrainingModule):
                 self._metrics[metric_id] = str(error)
         return self._metrics[metric_id]
 
+    def keep_scores(self, path: Path) -> int:
+        """Write the scores of a test that did not come to its end, as far as this process has them.
+
+        Args:
+            path: A csv file, written if there are scores.
+
+        Returns:
+            The number of images with a score.
+        """
+        if self._scores:
+            write_scores(path, self._scores)
+        return len({(score.dataset, score.image) for score in self._scores})
+
     def _gathered_scores(self) -> list[Score]:
         """All processes' scores, an image that two of them saw only once, in a fixed order."""
         scores, self._scores = self._scores, []
@@ -313,6 +372,12 @@ class RestorationModule(TrainingModule):
         return sorted(unique.values(), key=lambda s: (s.dataset, s.method, s.metric, s.image))
 
     def _log_means(self, stage: str, scores: list[Score]) -> None:
+        """Log each metric's mean over the images that have a number, and name the reasons of those that have none."""
+        if self.trainer.is_global_zero:
+            for line in lacking(scores):
+                if line not in self._said:
+                    log.warning("%s: %s", stage, line)
+                self._said.add(line)
         values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
         for score in scores:
             if score.value is not None:
@@ -355,6 +420,40 @@ def side_by_side(batch: Batch, sr: Tensor, scale: int) -> Tensor:
     nearest = lq.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     images = [nearest, bicubic_upsample(lq, scale), sr[:1], *([batch["hq"][:1]] if "hq" in batch else [])]
     return torch.cat([image[0].float() for image in images], dim=-1)
+
+
+def measured(metric: MetricProtocol, sr: Image, hq: Image | None) -> tuple[float | None, str]:
+    """A metric of one image.
+
+    Args:
+        metric: The metric.
+        sr: The image, (H, W, 3) uint8.
+        hq: Its reference, or None.
+
+    Returns:
+        The value and the protocol; where the metric fails on this image, None and `not computed: <reason>`.
+    """
+    try:
+        value = metric(sr, hq)
+        if not math.isfinite(value):
+            raise ValueError(f"its value is {value}")
+    except (ValueError, RuntimeError) as error:
+        return None, _NOT_COMPUTED + (" ".join(str(error).split()) or type(error).__name__)
+    return value, metric.describe()
+
+
+def lacking(scores: list[Score]) -> list[str]:
+    """Why images have no number: `ssim_y of Set5, NAME: not computed (1), REASON`, a line for each reason."""
+    found = Counter(
+        (s.metric, s.dataset, s.method, s.protocol.removeprefix(_NOT_COMPUTED)) for s in scores if s.value is None
+    )
+    return [
+        f"{metric} of {dataset}, {method}: not computed ({count}), {reason}"
+        for (metric, dataset, method, reason), count in found.items()
+    ]
+
+
+_NOT_COMPUTED = "not computed: "
 
 
 def write_scores(path: Path, scores: list[Score]) -> None:

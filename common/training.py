@@ -36,6 +36,7 @@ from common.ema import EMA
 from common.guard import Guard, save_batch
 from common.images import write_png
 from common.loggers import file_name, show
+from common.made import begin
 from common.metrics import to_uint8
 from common.parameters import Row, is_lora
 from common.stages import Stage, recorded
@@ -235,7 +236,8 @@ class TrainingModule(LightningModule):
         return None
 
     def setup(self, stage: str) -> None:
-        """Refuse a fit, and warn of other commands, whose condition is texts that the data does not have."""
+        """Check the output; refuse a fit, and warn of other commands, whose texts the data does not have."""
+        self.check_output(TrainerFn(stage).value)
         wanted = self.wants_prompts()
         if wanted is None:
             return
@@ -438,6 +440,11 @@ class TrainingModule(LightningModule):
         save_batch(dict(self._batches)[step], path)
         return path
 
+    def _check_apart(self, stage: str, folder: Path, within: bool) -> None:
+        check_apart = getattr(getattr(self.trainer, "datamodule", None), "check_apart", None)
+        if check_apart is not None:
+            check_apart(stage, folder, within)
+
     # Images come as uint8 and become float on the device
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -461,6 +468,33 @@ class TrainingModule(LightningModule):
 
     def _results(self) -> Path:
         return self.results_dir or Path(self.trainer.log_dir or ".")
+
+    def output_folder(self, stage: str) -> Path:
+        """The folder that a command writes into; asking for it is a broadcast, so all processes must.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        folder = self._results()
+        if stage == "predict":
+            return self.results_dir or folder / stage
+        return folder / stage if stage == "test" else folder
+
+    def check_output(self, stage: str) -> None:
+        """Refuse to write among the images that are read, and begin the record of what a test or prediction makes.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            ValueError: The output folder is, holds or lies in an input.
+        """
+        folder, in_run = self.output_folder(stage), self.results_dir is None
+        if in_run and not self.trainer.loggers:
+            return
+        self._check_apart(stage, folder, within=stage in ("fit", "validate"))
+        if stage in ("test", "predict"):
+            begin(folder, adopt=in_run and self.trainer.log_dir is not None)  # older runs have no record
 
     def _dataset_name(self, stage: str, dataloader_idx: int) -> str:
         names = getattr(getattr(self.trainer, "datamodule", None), "dataset_names", {}).get(stage, [])

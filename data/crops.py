@@ -136,7 +136,7 @@ class PhotoCrops(LightningDataModule):
     def inventories(self, stage: str) -> list[Inventory]:
         """What the sets of a stage hold."""
         splits: tuple[Split, ...] = ("train", "val") if stage == "fit" else ("val",)
-        return [Inventory(split, "embedded photos", len(PHOTOS[split]), "photos to crop") for split in splits]
+        return [Inventory(split, None, len(PHOTOS[split]), "photos to crop") for split in splits]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """One epoch of `steps` batches."""

@@ -300,6 +300,25 @@ class SRData(LightningDataModule):
         sets: dict[str, list[Any]] = {"train": [self.train_images] if self.train_images is not None else []}
         return [images.inventory(split) for split in splits for images in (sets | self._sets)[split]]
 
+    def check_apart(self, stage: str, output: Path, within: bool = False) -> None:
+        """Refuse an output folder that is, holds or lies in an input; see `Inventory.check_apart`.
+
+        Args:
+            stage: Whose inputs; known after `setup(stage)`.
+            output: The folder.
+            within: Allow input files in the output folder.
+
+        Raises:
+            ValueError: It is, holds or lies in an input.
+        """
+        for inventory in self.inventories(stage):
+            inventory.check_apart(output, within)
+
+    def names_to_predict(self) -> list[str]:
+        """Names of the images to predict, after which the results are called; known after `setup("predict")`."""
+        sets: list[Any] = self._sets["predict"]
+        return [name for images in sets for name in images.sample_names]
+
     def texts(self) -> list[str]:
         """The distinct prompts of the training and validation sets, known after `setup`."""
         sets: list[Any] = [self.train_images, *self._sets["val"]]
@@ -480,10 +499,7 @@ class Photos(SRData):
     def inventories(self, stage: str) -> list[Inventory]:
         """As for SRData; embedded photos are called so."""
         found = super().inventories(stage)
-        return [
-            replace(one, source="embedded photos") if one.argument == "train" and not self.train else one
-            for one in found
-        ]
+        return [replace(one, source=None) if one.argument == "train" and not self.train else one for one in found]
 
     def _crops(self, split: str, seeds: int, most: int | None) -> DegradedCrops:
         photos = photo_paths("val") if split == "val" else photo_paths("test")

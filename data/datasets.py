@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.files import plain_name
+from common.files import plain_name, printable
 from data.degradations.realesrgan import Degradation, bicubic_downsample, sample_rng
 from data.images import (
     ImageError,
@@ -333,7 +333,7 @@ class HQImages(Dataset[Sample]):
         windows = len(set(zip(self.paths, self.windows, strict=True))) if any(self.windows) else 0
         layout = f"{self.layout}, {windows} windows" if windows else self.layout
         unused = unused_files(self.source, [*used, *self.texts.files], reasons, "not used")
-        return Inventory(argument, _shown(self.source), len(used), layout, unused)
+        return Inventory(argument, self.source, len(used), layout, unused, used)
 
     def _photo(self, item: int) -> Raster:
         place, factor = self._items[item]
@@ -400,10 +400,6 @@ class HQImages(Dataset[Sample]):
             "name": self.names[place],
             "index": position,
         }
-
-
-def _shown(source: Source) -> str:
-    return str(source) if isinstance(source, str | Path) else first_five(source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -509,7 +505,7 @@ class Pairs(Dataset[Sample]):
         """What the folders hold; an image without a partner is not used."""
         used = [path for pair in self.pairs for path in (pair.lq, pair.hq)]
         unused = unused_files(self.sources, [*used, *self.texts.files], self._broken, "is in no pair")
-        return Inventory(argument, _shown(self.sources), len(self.pairs), self.layout, unused)
+        return Inventory(argument, self.sources, len(self.pairs), self.layout, unused, used)
 
     def _without_broken(
         self, found: list[tuple[Path, Path, str | None]], scale: int, on_error: OnError
@@ -527,7 +523,7 @@ class Pairs(Dataset[Sample]):
             except ImageError as error:
                 if on_error == "raise":
                     raise
-                self._broken[lq if str(error).startswith(f"cannot read image {lq}: ") else hq] = str(error)
+                self._broken[lq if str(error).startswith(f"cannot read image {printable(lq)}: ") else hq] = str(error)
                 continue
             if (hq_h, hq_w) == (lq_h * scale, lq_w * scale):
                 good.append((lq, hq, prompt))
@@ -619,7 +615,7 @@ class LQImages(Dataset[Sample]):
             for path, _ in listed:
                 image_size(path)
         self.paths = [path for path, _ in listed]
-        self.names = unique_names(self.paths, root)
+        self.names = self.sample_names = unique_names(self.paths, root)
         self.texts = Texts([prompt for _, prompt in listed], self.names, prompts)
 
     def _can_be_read(self, path: Path) -> bool:
@@ -638,7 +634,7 @@ class LQImages(Dataset[Sample]):
     def inventory(self, argument: str) -> Inventory:
         """What the source holds."""
         unused = unused_files(self.source, [*self.paths, *self.texts.files], self._broken, "not used")
-        return Inventory(argument, _shown(self.source), len(self.paths), self.layout, unused)
+        return Inventory(argument, self.source, len(self.paths), self.layout, unused, self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -741,9 +737,17 @@ class DegradedCrops(Dataset[Sample]):
         used = [path for path in self.paths if path not in self._broken]
         layout = f"photos cut to {len(self)} crops of {self.crop_size} px"
         if self.source is None:
-            return Inventory(argument, "embedded photos", len(used), layout)
+            return Inventory(argument, None, len(used), layout)
         unused = unused_files(self.source, [*used, *self.texts.files], self._broken, "not used")
-        return Inventory(argument, _shown(self.source), len(used), layout, unused)
+        return Inventory(argument, self.source, len(used), layout, unused, used)
+
+    @property
+    def sample_names(self) -> list[str]:
+        """The names of all samples."""
+        return [f"{self._crop_name(*place)}_s{seed}" for *place, seed in self._grid_places]
+
+    def _crop_name(self, photo: int, row: int, column: int) -> str:
+        return f"{self.names[photo]}_r{row}c{column}"
 
     def __len__(self) -> int:
         return len(self._grid_places)
@@ -754,7 +758,7 @@ class DegradedCrops(Dataset[Sample]):
             self._last = photo, read_raster(self.paths[photo])
         size = self.crop_size
         hq = np.ascontiguousarray(self._last[1].crop(row * size, column * size, size, size).rgb())
-        crop = f"{self.names[photo]}_r{row}c{column}"
+        crop = self._crop_name(photo, row, column)
         lq = degrade(hq, self.degradation, self.scale, sample_rng(seed, 0, zlib.crc32(crop.encode())))
         return {
             "lq": to_tensor(lq),

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.files import printable, replacing
-from data.images import Source, is_hidden, is_image
+from common.made import RECORD
+from data.images import Source, first_five, is_hidden, is_image
 
 _NAMED = 4  # kinds of unused files that a line names
 
@@ -21,21 +22,23 @@ class Inventory:
 
     Args:
         argument: Name of the user's argument, e.g. `predict`.
-        source: Its value.
+        source: Its value, as `data.images.list_entries` takes it; None for the embedded photos.
         images: Number of images that are used; a pair counts once.
         layout: How they lie there, e.g. `pairs in test_LR and test_HR`.
         unused: Files that are there and not used, and hidden folders -> why.
+        used: The files that are used.
     """
 
     argument: str
-    source: str
+    source: Source | None
     images: int
     layout: str
     unused: Mapping[Path, str] = field(default_factory=dict)
+    used: Sequence[Path] = ()
 
     def __str__(self) -> str:
         """`predict=photos: 12 images (a folder of images); not used: 3 files (2 .heic, 1 .png)`."""
-        line = f"{self.argument}={self.source}: {self.images} image{'' if self.images == 1 else 's'} ({self.layout})"
+        line = f"{self._given()}: {self.images} image{'' if self.images == 1 else 's'} ({self.layout})"
         if not self.unused:
             return line
         kinds = Counter(path.suffix.lower() or "without extension" for path in self.unused).most_common()
@@ -43,6 +46,39 @@ class Inventory:
         if more := sum(count for _, count in kinds[_NAMED:]):
             named.append(f"{more} others")
         return f"{line}; not used: {len(self.unused)} file{'' if len(self.unused) == 1 else 's'} ({', '.join(named)})"
+
+    def _given(self) -> str:
+        if self.source is None:
+            return f"{self.argument}=embedded photos"
+        return f"{self.argument}={self.source if isinstance(self.source, str | Path) else first_five(self.source)}"
+
+    def check_apart(self, output: Path, within: bool = False) -> None:
+        """Refuse an output folder from which the next run would read, or in which input files lie; links are resolved.
+
+        Args:
+            output: The folder, or the only file that is written.
+            within: Allow input files in the output folder; only an output within the input is refused.
+
+        Raises:
+            ValueError: The output is, holds or lies in the input.
+        """
+        out, files = os.path.realpath(output), {os.path.realpath(path) for path in self.used}
+        if out in files:
+            raise ValueError(f"output={output} is an image of {self._given()}, which would be lost; give another name")
+        above = {out, *map(str, Path(out).parents)}
+        folders = () if self.source is None else _folders(self.source)
+        read = dict.fromkeys(os.path.realpath(root) for folder in folders for root, _ in _walk(folder))
+        hint = "give an output folder apart from the input"
+        if folder := next((folder for folder in read if folder in above), None):
+            relation = "is" if folder == out else f"lies in {folder}, which is"
+            raise ValueError(
+                f"output={output} {relation} read as {self._given()}, so the next run would read it; {hint}"
+            )
+        if within:
+            return
+        for folder in dict.fromkeys([*read, *map(os.path.dirname, sorted(files))]):
+            if folder == out or folder.startswith(os.path.join(out, "")):
+                raise ValueError(f"output={output} holds {folder}, where images of {self._given()} lie; {hint}")
 
 
 def unused_files(source: Source, used: Iterable[Path], reasons: Mapping[Path, str], other: str) -> dict[Path, str]:
@@ -66,18 +102,23 @@ def unused_files(source: Source, used: Iterable[Path], reasons: Mapping[Path, st
         return places[folder], name
 
     taken = {key(path) for path in (*used, *reasons)}
-    sources: Sequence[str | Path] = [source] if isinstance(source, str | Path) else source
     found: dict[Path, str] = {}
-    for folder in (Path(part).expanduser() for part in sources):
-        for path in _files(folder) if folder.is_dir() else ():
-            if key(path) not in taken:
+    for folder in _folders(source):
+        for path in _files(folder):
+            if key(path) not in taken and path.name != RECORD:
                 hidden = is_hidden(path.name)
                 found[path] = "hidden" if hidden else other if is_image(path) else "no image of a kind that is read"
     return {**found, **reasons}
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, and its hidden folders as a whole; links are followed once, as in `list_entries`."""
+def _folders(source: Source) -> list[Path]:
+    """The folders among one source or several."""
+    sources: Sequence[str | Path] = [source] if isinstance(source, str | Path) else source
+    return [folder for folder in (Path(part).expanduser() for part in sources) if folder.is_dir()]
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder at and below a folder, with its files and hidden folders; links are followed once."""
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -85,11 +126,15 @@ def _files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(root, name) for name in sorted([*files, *filter(is_hidden, folders)]))
+        yield root, sorted([*files, *filter(is_hidden, folders)])
         folders[:] = sorted(name for name in folders if not is_hidden(name))
 
 
-def write_unused(path: Path, inventories: Iterable[Inventory]) -> bool:
+def _files(folder: Path) -> Iterator[Path]:
+    return (Path(root, name) for root, names in _walk(folder) for name in names)
+
+
+def write_unused(path: Path, inventories: Iterable[Inventory]) -> int:
     """Write a table (argument, file, reason) of the files that are not used.
 
     Args:
@@ -97,14 +142,16 @@ def write_unused(path: Path, inventories: Iterable[Inventory]) -> bool:
         inventories: What the sources hold.
 
     Returns:
-        Whether there are such files.
+        Their number.
     """
-    rows = [
-        (inventory.argument, printable(file), reason)
-        for inventory in inventories
-        for file, reason in inventory.unused.items()
-    ]
+    rows = list(
+        dict.fromkeys(
+            (inventory.argument, printable(file), reason)
+            for inventory in inventories
+            for file, reason in inventory.unused.items()
+        )
+    )
     if rows or path.exists():
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([("argument", "file", "reason"), *rows])
-    return bool(rows)
+    return len(rows)

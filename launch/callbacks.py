@@ -21,7 +21,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 from common.files import held
+from common.restoration import RestorationModule
 from common.training import NonFiniteLossError, TrainingModule
+from data.inventory import Inventory, write_unused
 from launch import signals
 
 _PACKAGES = (
@@ -171,6 +173,93 @@ def _seeds(trainer: Trainer) -> dict[str, int | None]:
     given = os.environ.get("PL_GLOBAL_SEED")
     used = {"seed_everything": int(given) if given else None}
     return used | {name: getattr(part, "seed", None) for name, part in parts.items()}
+
+
+class SayInputs(Callback):
+    """Says what the data sets hold before the work, and writes the names of unused files to `skipped.csv`."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._unused = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print a line for each data set."""
+        self._path = _skipped_csv(trainer, pl_module, TrainerFn(stage).value)
+        inventories = self._inventories(trainer, TrainerFn(stage).value)
+        self._unused = sum(len(inventory.unused) for inventory in inventories)
+        if trainer.is_global_zero:
+            for inventory in inventories:
+                named = f", named in {self._path}" if inventory.unused and self._path is not None else ""
+                print(f"isr: {inventory}{named}", flush=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the names; not earlier, since only now the output folder is known to be apart from the input."""
+        assert trainer.state.fn is not None
+        self._write(trainer, trainer.state.fn.value)
+
+    on_test_start = on_predict_start = on_fit_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the names, where validation is the command."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer, "validate")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the names again, with the photos that turned out to be unreadable on the way."""
+        self._write(trainer, "fit", pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same, of this process."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.training:
+            self._write(trainer, "fit")
+
+    def _write(self, trainer: Trainer, stage: str, pl_module: LightningModule | None = None) -> None:
+        inventories = self._inventories(trainer, stage)
+        if isinstance(pl_module, TrainingModule):
+            inventories = pl_module.gathered(inventories)
+        if self._path is None or not trainer.is_global_zero:
+            return
+        count = write_unused(self._path, inventories)
+        if count > self._unused:
+            print(f"isr: not used: {count} files by now, named in {self._path}", flush=True)
+        self._unused = count
+
+    @staticmethod
+    def _inventories(trainer: Trainer, stage: str) -> list[Inventory]:
+        inventories = getattr(getattr(trainer, "datamodule", None), "inventories", None)
+        return [] if inventories is None else list(inventories(stage))
+
+
+def _skipped_csv(trainer: Trainer, pl_module: LightningModule, stage: str) -> Path | None:
+    """`skipped.csv` of the run or output folder; None where there is neither."""
+    log_dir = trainer.log_dir if trainer.loggers else None  # asking for it is a broadcast: all processes must
+    results, file = (getattr(pl_module, name, None) for name in ("results_dir", "results_file"))
+    if results is not None and file is None and stage in ("test", "predict"):
+        return Path(results, *([stage] if stage == "test" else []), "skipped.csv")
+    if log_dir is None:
+        return None
+    return Path(log_dir, *([stage] if stage != "fit" else []), "skipped.csv")
+
+
+class KeepScores(Callback):
+    """Keeps the scores of a test that an error or a signal ends."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note where they go; later, asking would wait for processes that have ended."""
+        if isinstance(pl_module, RestorationModule) and stage == "test":
+            self._path = pl_module.output_folder(stage) / "metrics.unfinished.csv"
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what this process has scored."""
+        if trainer.state.fn != TrainerFn.TESTING or self._path is None or not isinstance(pl_module, RestorationModule):
+            return
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = self._path.with_stem(self._path.stem + rank)
+        if images := pl_module.keep_scores(path):
+            print(f"isr: the test ended early; {path} keeps the scores of {images} images", file=sys.stderr)
 
 
 def run_info() -> dict[str, Any]:

@@ -16,6 +16,7 @@ What differs from plain LightningCLI:
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -34,9 +35,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from common.checkpoints import read_checkpoint
 from common.files import inside
+from common.restoration import RestorationModule
 from common.training import TrainingModule
+from data.images import is_image
 from launch import signals
-from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, RunInfo
+from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs
 from launch.errors import UsageError, plain
 from launch.runs import find_stage, paper_of, run_folder_of, run_name_of, stored_model
 
@@ -97,7 +100,14 @@ class IsrCLI(LightningCLI):
             trainer_defaults={
                 "use_distributed_sampler": False,  # the data modules share samples out themselves, without repeats
                 "num_sanity_val_steps": 0,
-                "callbacks": [HoldFolder(), EndOnSignal(), RunInfo(), LearningRateMonitor(logging_interval="step")],
+                "callbacks": [
+                    HoldFolder(),
+                    EndOnSignal(),
+                    RunInfo(),
+                    SayInputs(),
+                    KeepScores(),
+                    LearningRateMonitor(logging_interval="step"),
+                ],
             },
             args=args,
         )
@@ -132,7 +142,12 @@ class IsrCLI(LightningCLI):
             )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
-            parser.add_argument("--output", type=str | None, default=None, help="Folder of the upscaled images.")
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                default=None,
+                help="Folder of the upscaled images, or, for one image, a file that ends in .png, .tif or .tiff.",
+            )
             parser.add_argument(
                 "--skip_existing",
                 type=bool,
@@ -214,7 +229,7 @@ class IsrCLI(LightningCLI):
         if config.get("init_from"):
             trainer.callbacks.append(InitFrom(config.init_from))  # type: ignore[attr-defined]  # Lightning's mixin
         if config.get("output"):
-            self.model.results_dir = Path(config.output)
+            self._set_output(config.output)
         if config.get("skip_existing"):
             if not config.get("output"):
                 raise UsageError("skip_existing=true needs the folder of the images that are there; set --output")
@@ -240,6 +255,24 @@ class IsrCLI(LightningCLI):
                 "--trainer.strategy=ddp where all are used, which is faster",
                 file=sys.stderr,
             )
+
+    def _set_output(self, output: str) -> None:
+        """Take a folder, or the file of a single image.
+
+        Raises:
+            UsageError: It is a file of a kind that is not written, or the model writes no single image.
+        """
+        path = Path(output).expanduser()
+        if path.is_dir() or output.endswith(("/", os.sep)) or not is_image(path):
+            self.model.results_dir = path
+            return
+        if path.suffix.lower() not in (".png", ".tif", ".tiff"):
+            raise UsageError(f"output={output} is of a kind that is not written; end it in .png, .tif or .tiff")
+        if not isinstance(self.model, RestorationModule):
+            raise UsageError(
+                f"output={output} is a file, and {type(self.model).__name__} writes a folder; give a folder"
+            )
+        self.model.results_file = path
 
     def _run_logger(self, config: Any) -> TensorBoardLogger:
         """TensorBoard in the run's folder: a new version, or the checkpoint's own."""

@@ -20,9 +20,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common import restoration
+from common import metrics, restoration
 from common.draws import Draws
 from common.images import bicubic_upsample, write_png
+from common.made import RECORD
 from common.metrics import MetricUnavailableError
 from common.restoration import Inference, RestorationModule
 from common.training import Batch, NonFiniteLossError
@@ -423,8 +424,9 @@ class TestImages:
         toy.results_dir = tmp_path / "out"
         kept = trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
         assert kept is None or not any(value is not None for value in kept)
-        files = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
-        assert files == [f"sub/photo.x{i}.png" for i in range(3)]
+        found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
+        files = [f"sub/photo.x{i}.png" for i in range(3)]
+        assert found == [RECORD, *files]
         from PIL import Image
 
         with Image.open(tmp_path / "out" / files[1]) as image:
@@ -446,7 +448,7 @@ class TestImages:
             toy.results_dir = tmp_path / kind
             trainer().predict(toy, DataLoader(data))
             assert toy.tiles == 4 * 5
-        (disk,), (memory,), (tif,) = ([*(tmp_path / kind).rglob("*")] for kind in ("disk", "memory", "tif"))
+        (disk,), (memory,), (tif,) = ([*(tmp_path / kind).rglob("[!.]*")] for kind in ("disk", "memory", "tif"))
         assert (disk.name, memory.name, tif.name) == ("a.png", "a.png", "a.tif")
         pixels = [cv2.imread(str(path)).astype(int) for path in (disk, memory, tif)]
         assert abs(pixels[0] - pixels[1]).max() <= 1  # sums in another order
@@ -475,7 +477,7 @@ class TestImages:
         assert predict(change=0.1) == 20, "tiles of other weights are thrown away"
         assert predict(stop_after=7) == 7
         assert predict(prompt="a cat") == 20, "and tiles of another condition"
-        assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "a.png"]
 
     def test_images_that_are_there_are_left_alone_where_that_is_asked_for(
         self, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -489,8 +491,13 @@ class TestImages:
         assert (tmp_path / "sub" / "photo.x1.png").read_bytes() == b"somebody's"
         assert "1 images were there already" in caplog.text
         toy.skip_existing = False
+        with pytest.raises(FileExistsError, match=r"not overwritten.*photo\.x1\.png; move it away"):
+            trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
+        assert (tmp_path / "sub" / "photo.x1.png").read_bytes() == b"somebody's"
+        (tmp_path / "sub" / "photo.x1.png").unlink()
+        toy.tiles = 0
         trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
-        assert toy.tiles == 2 + 3
+        assert toy.tiles == 3
 
     def test_an_image_is_large_by_its_output_and_only_where_there_are_tiles(self) -> None:
         x = torch.empty(1, 3, 250, 500)  # 2 megapixels at x4
@@ -535,6 +542,34 @@ class TestScores:
             assert float(row["value"]) == pytest.approx(float(psnr), abs=1e-2)
             assert row["protocol"]
         assert (tmp_path / "test" / "test0" / "img2.png").is_file()
+
+    def test_an_image_that_a_metric_refuses_has_its_reason_and_the_rest_its_numbers(
+        self, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(
+            metrics._NATIVE, "sharpness", (*metrics._NATIVE["sharpness"][:4], lambda sr, hq: float("nan"))
+        )
+        data = DataLoader([*samples(2), *samples(1, size=(2, 2), name="tiny")])
+        rows = self.scored(trainer, tmp_path, data, metrics=["ssim_y", "psnr_rgb", "sharpness"])
+        values = {(row["image"], row["metric"]): row["value"] for row in rows}
+        assert len(rows) == 9
+        assert {key for key, value in values.items() if not value} == {
+            ("tiny0", "ssim_y"),
+            *((name, "sharpness") for name in ("img0", "img1", "tiny0")),
+        }
+        reason = "ssim needs 11 px per side and the image is 8 x 8 px"
+        assert {row["protocol"] for row in rows if row["image"] == "tiny0" and row["metric"] == "ssim_y"} == {
+            f"not computed: {reason}"
+        }
+        assert f"test: ssim_y of test0, Toy: not computed (1), {reason}" in caplog.text
+        assert "test: sharpness of test0, Toy: not computed (3), its value is nan" in caplog.text
+
+    def test_validation_too_goes_on_and_says_it_once(self, trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
+        toy = Toy(inference=Inference(color_fix="none", tile=None, metrics=["ssim_y", "psnr_rgb"]))
+        for _ in range(2):
+            found = trainer().validate(toy, loader(1, 1, size=(2, 2)))
+            assert list(found[0]) == ["val/val0/psnr_rgb"]
+        assert caplog.text.count("val: ssim_y of val0, Toy: not computed (1), ssim needs") == 1
 
     def test_with_and_without_the_colour_fix_are_two_methods(self, trainer: Any, tmp_path: Path) -> None:
         rows = self.scored(trainer, tmp_path, loader(2, 1), color_fix="adain")

@@ -142,3 +142,39 @@ def test_a_stage_says_what_its_sets_hold(folder: Path, tmp_path: Path) -> None:
         "train=embedded photos",
         "val=embedded photos",
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "reason"),
+    [
+        ("p", "p", "output=p is read as predict=p"),
+        ("p", "p/upscaled", "output=p/upscaled lies in .*/p, which is read as predict=p"),
+        ("p", ".", "output=. holds .*/p, where images of predict=p lie"),
+        ("p", "link", "output=link is read"),  # a link to p
+        ("p", "linked/new", "output=linked/new lies in .*/linked, "),  # p holds a link to linked
+        ("l.txt", "p", "output=p holds .*/p, where images of predict=l.txt lie"),
+        ("m.csv", "p", "output=p holds "),
+        ("p/a.png", "p", "output=p holds "),
+        ("p/a.png", "p/a.png", "output=p/a.png is an image of predict=p/a.png, which would be lost"),
+        ("q", "p", "output=p holds "),  # q holds links to the files of p
+    ],
+)
+def test_an_output_among_the_inputs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, output: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("p/a.png", "p/sub/b.png", "linked/c.png"):
+        save(tmp_path / name)
+    (tmp_path / "link").symlink_to("p")
+    (tmp_path / "p" / "linked").symlink_to(tmp_path / "linked")
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "a.png").symlink_to(tmp_path / "p" / "a.png")
+    (tmp_path / "l.txt").write_text("p/a.png\n")
+    (tmp_path / "m.csv").write_text("image_path\np/a.png\n")
+    inventory = LQImages(source).inventory("predict")
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        inventory.check_apart(Path(output))
+    for apart in ("out", "pp", "q/../out"):
+        inventory.check_apart(Path(apart))
+    if source == "p/a.png":
+        inventory.check_apart(Path("p/b.png"), within=True)

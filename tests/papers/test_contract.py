@@ -252,7 +252,7 @@ class TestDemo:
             out = tmp_path / turn
             common = ["predict", "-c", fits.config, "--runs", fits.runs, "--trainer.enable_progress_bar=false"]
             isr(*common, "--ckpt_path", fits.whole.last, "--data.predict", tmp_path / "in", "--output", out)
-            files = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
+            files = {str(p.relative_to(out)): p for p in out.rglob("[!.]*") if p.is_file()}
             assert set(files) == {"a.png", "sub/b.png"}
             images.append([np.asarray(Image.open(files[name])) for name in sorted(files)])
         for one, other, (width, height) in zip(*images, sizes.values(), strict=True):

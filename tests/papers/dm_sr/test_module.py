@@ -818,7 +818,7 @@ class TestTest:
         trainer_with().predict(model, loader(batches))
         trainer_with().validate(model, loader(batches), verbose=False)
         assert model._noise == []
-        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n}{s}.png" for n in range(3) for s in "ab"]
+        assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [f"{n}{s}.png" for n in range(3) for s in "ab"]
 
 
 EXPECTED: dict[str, tuple[str, str, dict[str, Any]]] = {  # in the head line, what of the whole is different

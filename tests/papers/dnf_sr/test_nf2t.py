@@ -582,7 +582,7 @@ class TestComparison:
         model.flow.register_forward_hook(lambda *_: calls.append(1))
         trainer().test(model, loader(singles(batch)), verbose=False)
         assert len(calls) == 2
-        assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"a.png", "b.png", "metrics.csv"}
+        assert {path.name for path in tmp_path.rglob("[!.]*") if path.is_file()} == {"a.png", "b.png", "metrics.csv"}
 
     @pytest.mark.parametrize("when", ["built", "loaded"])
     def test_a_test_goes_without_a_reward_that_cannot_be_had_and_a_fit_does_not(
