@@ -280,7 +280,7 @@ def _restore(item: Restore, place: Place) -> dict[str, Any]:
     configs, overrides = place.arguments(item)
     parser, parsed = parse(configs, overrides)
     with place.network_maker():
-        model: RestorationModule = parser.instantiate_classes(parsed).model
+        model: RestorationModule = parser.instantiate(parsed).model
         model.inference_only = True
         model.configure_model()
     device = torch.device(place.device)

@@ -265,7 +265,7 @@ def measure(
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     start = time.perf_counter()
     with torch.device("cuda") if on_gpu else nullcontext():
-        model: RestorationModule = model_parser.instantiate_classes(parsed).model
+        model: RestorationModule = model_parser.instantiate(parsed).model
         model.configure_model()
     if prepare is not None:
         prepare(model)

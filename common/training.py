@@ -84,6 +84,7 @@ class TrainingModule(LightningModule):
         self.register_buffer("train_step", torch.zeros((), dtype=torch.long))
         self.train_step: Tensor  # calls of training_step begun, micro-batches included
         self.results_dir: Path | None = None  # where test and predict write; default: in the run's folder
+        self.given_name: str | None = None  # of the run, in tables; default: the logger's
         self._has_networks = self._has_training = False  # what `configure_model` has built
         self._run_dir = Path(".")
         self._grad_norm = torch.zeros(())
@@ -463,7 +464,7 @@ class TrainingModule(LightningModule):
     @property
     def run_name(self) -> str:
         """Name of this run in tables: its folder's."""
-        name = getattr(self.trainer.logger, "name", None)
+        name = self.given_name or getattr(self.trainer.logger, "name", None)
         return str(name).rpartition("/")[2] if name else type(self).__name__
 
     def _results(self) -> Path:

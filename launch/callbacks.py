@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -52,7 +53,7 @@ class HoldFolder(Callback):
         """
         log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
         foreign = stage == "predict" and getattr(pl_module, "results_dir", None) is not None
-        if trainer.is_global_zero and log_dir and trainer.loggers and stage != "validate" and not foreign:
+        if trainer.is_global_zero and log_dir and stage != "validate" and not foreign:
             self._holding.enter_context(held(Path(log_dir) if stage == "fit" else Path(log_dir, stage)))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -156,10 +157,11 @@ class RunInfo(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write run.json before anything can fail."""
         log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
-        if stage != "fit" or log_dir is None or not trainer.is_global_zero:
+        if stage != "fit" or log_dir is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        set_aside(folder / "run.json")
         (folder / "run.json").write_text(json.dumps(run_info() | {"seeds": _seeds(trainer)}, indent=1) + "\n")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -232,7 +234,8 @@ class SayInputs(Callback):
 
 def _skipped_csv(trainer: Trainer, pl_module: LightningModule, stage: str) -> Path | None:
     """`skipped.csv` of the run or output folder; None where there is neither."""
-    log_dir = trainer.log_dir if trainer.loggers else None  # asking for it is a broadcast: all processes must
+    has_folder = trainer.loggers or getattr(trainer, "run_logger", None) is not None
+    log_dir = trainer.log_dir if has_folder else None  # asking for it is a broadcast: all processes must
     results, file = (getattr(pl_module, name, None) for name in ("results_dir", "results_file"))
     if results is not None and file is None and stage in ("test", "predict"):
         return Path(results, *([stage] if stage == "test" else []), "skipped.csv")
@@ -260,6 +263,13 @@ class KeepScores(Callback):
         path = self._path.with_stem(self._path.stem + rank)
         if images := pl_module.keep_scores(path):
             print(f"isr: the test ended early; {path} keeps the scores of {images} images", file=sys.stderr)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that is there, `run.json` to the first free one of `run.1.json`, `run.2.json` ..."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def run_info() -> dict[str, Any]:

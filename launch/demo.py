@@ -239,7 +239,7 @@ def _open_data(rows: Sequence[Row]) -> tuple[Photos | None, dict[str, Outcome]]:
     for row in rows:
         try:
             config = {"data": yaml.safe_load(row.config.read_text())["data"]}
-            data = parser.instantiate_classes(parser.parse_object(config)).data
+            data = parser.instantiate(parser.parse_object(config)).data
             if not isinstance(data, Photos) or data.test or data.val:
                 raise ValueError(
                     f"data: {type(data).__name__} as configured does not validate and test on the embedded photos; set "
@@ -331,7 +331,7 @@ def _test_as_it_is(row: Row, runs: Path) -> Outcome:
 
     outcome, start, before = Outcome(row), time.perf_counter(), set((runs / row.paper / row.run_name).glob("version_*"))
     try:
-        _must_succeed(lightning("test", ["-c", str(row.config), "--runs", str(runs)]))
+        _must_succeed(lightning("test", ["-c", str(row.config), "--runs", str(runs), "--ckpt_path", "null"]))
         (outcome.run,) = set((runs / row.paper / row.run_name).glob("version_*")) - before
     except (Exception, SystemExit) as error:  # as above
         outcome.failure = f"test: {_one_line(error)}"

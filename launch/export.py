@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.checkpoints import load_trained_weights, newest_checkpoint, read_checkpoint
 from common.files import held
 from common.training import TrainingModule
 from launch.errors import UsageError
+from launch.lightning_cli import check_stored, dump
 from launch.parameters import parse
 from launch.runs import stored_model
 
@@ -50,6 +49,7 @@ def load(path: Path) -> TrainingModule:
     settings = stored_model(path)
     if settings is None:
         raise UsageError(f"{path} holds no settings of a model; give a checkpoint that isr fit wrote")
+    check_stored(settings, str(path))
     model = configured(settings, awaits_checkpoint=True)
     load_trained_weights(model, path, model.checkpoint_keys(), model.left_out)
     model.take_stages(read_checkpoint(path))
@@ -60,10 +60,10 @@ def load(path: Path) -> TrainingModule:
 def configured(settings: Mapping[str, Any], awaits_checkpoint: bool = False) -> TrainingModule:
     """A model for inference as its settings (class_path, init_args) make it, with nothing loaded on top."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump({"model": dict(settings)}, file)
+        file.write(dump({"model": dict(settings)}))
         file.flush()
         parser, parsed = parse([file.name])
-    model: TrainingModule = parser.instantiate_classes(parsed).model
+    model: TrainingModule = parser.instantiate(parsed).model
     model.inference_only, model.awaits_checkpoint = True, awaits_checkpoint
     model.configure_model()
     return model

@@ -3,8 +3,11 @@
 What differs from plain LightningCLI:
 
 * Runs go to `runs/<paper>/<name>/version_N`; a resumed fit goes on in its own folder.
+* The run's folder holds what a command writes, whichever logger there is, none included.
 * What the user gives, in a config or as a flag, beats the hyper-parameters stored in `--ckpt_path`; the rest comes from
-  there. Each difference is said.
+  there. Each difference is said. It may be `last` or `best`, of the run that configs, flags and `--name` give; `last`
+  is the default of `validate`, `test` and `predict`.
+* Any command takes the config that another one wrote, and leaves out options that only the other one has.
 * `--seed_everything` is the random seed of model and data, too, unless `model.seed` or `data.seed` is set.
 * A model's setting `runs/<paper>/<name>` is a run below `--runs`, of which the newest checkpoint is taken.
 * On several devices `strategy: auto` is one that our methods train with.
@@ -15,33 +18,35 @@ What differs from plain LightningCLI:
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace, get_loader, set_dumper, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from common.checkpoints import read_checkpoint
+from common.checkpoints import newest_checkpoint, read_checkpoint
 from common.files import inside
 from common.restoration import RestorationModule
 from common.training import TrainingModule
 from data.images import is_image
 from launch import signals
-from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs
+from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs, set_aside
 from launch.errors import UsageError, plain
-from launch.runs import find_stage, paper_of, run_folder_of, run_name_of, stored_model
+from launch.runs import Given, best_checkpoint, find_stage, leaves, options, paper_of, run_folder_of, stored_model
 
 
 class Parser(LightningArgumentParser):
@@ -58,14 +63,66 @@ class Parser(LightningArgumentParser):
         }
         raise UsageError(plain(message, options)) from ex
 
+    def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
+        """`instantiate`, by the name under which Lightning calls it."""
+        made: Namespace = self.instantiate(cfg, **kwargs)
+        return made
+
+
+def _load(text: str) -> Any:
+    """A value of an argument, read as YAML; a text that names a file or folder stays that name, e.g. `a: b`, `[x]`."""
+    value = _yaml(text)
+    return text if (value is None or isinstance(value, (dict, list))) and os.path.lexists(text) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that jsonargparse reads as a number and PyYAML does not: `1e3`."""
+
+
+def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _EXPONENT.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+def dump(settings: Any) -> str:
+    """Settings as YAML, which reads as the same settings."""
+    return str(yaml.dump(settings, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
+
+
+_EXPONENT = re.compile(r"[-+]?[\d_.]+[eE][-+]?\d+")
+_Dumper.add_representer(str, _represent)
+_yaml = get_loader("yaml")
+set_loader("yaml", _load, (yaml.YAMLError,))
+set_dumper("yaml", dump)
+
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole configuration into a new run's folder."""
+    """Writes the whole configuration into a run's folder; a resumed run's earlier one stays beside it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A test of a checkpoint writes into the folder of that checkpoint's run, whose configuration stays."""
-        if stage == "fit" or self.config.get("ckpt_path") is None:
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit" and self.config.get("ckpt_path") is not None:
+            return
+        log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
+        if trainer.is_global_zero and log_dir is not None:
+            set_aside(Path(log_dir, self.config_filename))
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None  # of the run as a whole; run.json has the command that resumed it
+        super().setup(trainer, pl_module, stage)
+
+
+class RunTrainer(Trainer):
+    """A trainer whose folder is the run's, whichever loggers it has, none included."""
+
+    run_logger: TensorBoardLogger | None = None
+    """Knows the run's folder; it logs where no other logger is asked for."""
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder. Asking for it is a broadcast: all processes must, and equally often."""
+        if self.run_logger is None:
+            return super().log_dir
+        return str(self.strategy.broadcast(self.run_logger.log_dir))
 
 
 class RunLogger(TensorBoardLogger):
@@ -89,6 +146,7 @@ class IsrCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=RunTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
@@ -121,9 +179,9 @@ class IsrCLI(LightningCLI):
         )
         parser.add_argument(
             "--name",
-            type=str | None,
+            type=str,
             default=None,
-            help="Name of the run; default: the file name of the first config with a model.",
+            help="Name of the run; default: the file names of the configs with a model, and the model's flags.",
         )
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         # a version counter would write last-v1.ckpt beside the old last.ckpt when a run goes on in its folder
@@ -136,7 +194,7 @@ class IsrCLI(LightningCLI):
         if subcommand == "fit":
             parser.add_argument(
                 "--init_from",
-                type=str | None,
+                type=str,
                 default=None,
                 help="Checkpoint whose trained weights to start from, in a new run (--ckpt_path resumes one).",
             )
@@ -144,7 +202,7 @@ class IsrCLI(LightningCLI):
             parser.set_defaults({"return_predictions": False})
             parser.add_argument(
                 "--output",
-                type=str | None,
+                type=str,
                 default=None,
                 help="Folder of the upscaled images, or, for one image, a file that ends in .png, .tif or .tiff.",
             )
@@ -156,28 +214,89 @@ class IsrCLI(LightningCLI):
             )
         return parser
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Let every command take the others' options in a config, hidden; `_drop_others` leaves them out again."""
+        super()._add_subcommands(parser, **kwargs)
+        own = {
+            command: {action.dest.partition(".")[0] for action in of_command._actions}
+            for command, of_command in self._subcommand_parsers.items()
+        }
+        defaults = {o: self._subcommand_parsers[c].get_defaults().get(o) for c in own for o in own[c]}
+        self._others = {c: {o: value for o, value in defaults.items() if o not in own[c]} for c in own}
+        for command, of_command in self._subcommand_parsers.items():
+            for option in self._others[command]:
+                of_command.add_argument(f"--{option}", type=Any, default=None, help=argparse.SUPPRESS)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; with `--ckpt_path`, once more on top of the checkpoint's hyper-parameters."""
-        args = list(args)
+        """Parse; with a checkpoint, on top of the checkpoint's hyper-parameters."""
+        args = _null_as_path(list(args))
+        self.given = Given(args)
         try:
             self._parse(parser, args)
         except UsageError as error:
             raise UsageError(_with_source(str(error), args)) from error
 
     def _parse(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        stored = _stored_model(args)
+        for option, value in options(args):
+            if option.removeprefix("--") in self._others[args[0]]:
+                raise UsageError(f"{option.removeprefix('--')}={value}: isr {args[0]} has no such option; leave it out")
+        checkpoint = self._checkpoint(parser, args)
+        stored = stored_model(checkpoint) if checkpoint else None
+        if checkpoint:
+            args = [*args, f"--ckpt_path={checkpoint}"]
         if stored is None:
             self.config = parser.parse_args(args)
-            self._find_runs()
-            return
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            yaml.safe_dump({"model": stored}, file)
-            file.flush()
-            self.config = parser.parse_args([args[0], "-c", file.name, *args[1:]])
-        chosen = self.config[self.config.subcommand]
-        chosen["config"] = [path for path in chosen.get("config") or [] if str(path) != file.name]
+        else:
+            check_stored(stored, f"ckpt_path={checkpoint}")
+            with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+                file.write(dump({"model": stored}))
+                file.flush()
+                self.config = parser.parse_args([args[0], "-c", file.name, *args[1:]])
+            chosen = self.config[self.config.subcommand]
+            chosen["config"] = [path for path in chosen.get("config") or [] if str(path) != file.name]
+        self._drop_others()
         self._find_runs(stored)
-        self._say_differences(stored)
+        if stored is not None:
+            self._say_differences(stored)
+
+    def _drop_others(self) -> None:
+        """Leave out what a config sets for another command, and say so."""
+        command = self.config.subcommand
+        config = self.config[command]
+        for option, default in self._others[command].items():
+            value = config.pop(option, None)
+            if value not in (None, default):
+                print(f"isr: {option}={value} of a config is left out: isr {command} has no such option")
+
+    def _checkpoint(self, parser: LightningArgumentParser, args: list[str]) -> str | None:
+        """The checkpoint that the command takes: the one given, or one of the run that the arguments give.
+
+        Raises:
+            UsageError: That run has no such checkpoint.
+        """
+        asked, command = self.given.ckpt_path, args[0]
+        if asked == "null" or (asked is None and command == "fit"):
+            return None
+        if asked not in (None, "last", "best"):
+            return asked
+        run = self.given.own_version()
+        if run is None:
+            config = parser.parse_args(args)[command]
+            run = Path(config.runs, paper_of(config.model.class_path), self.given.run_name())
+        last = newest_checkpoint(run)
+        if last is None:
+            last = next(run.glob("checkpoints/last.ckpt"), None)
+        if last is None and asked is None:
+            print(f"isr: {run} has no checkpoint: the model is as its settings make it, with nothing trained")
+            return None
+        if last is None:
+            others = ", ".join(sorted(path.name for path in run.parent.glob("*") if newest_checkpoint(path))) or "none"
+            raise UsageError(f"ckpt_path={asked}: {run} has no checkpoint; set --name to one that has: {others}")
+        found = best_checkpoint(last.parents[1]) if asked == "best" else last
+        if found is None:
+            raise UsageError(f"ckpt_path=best: no checkpoint.monitor chose one in {last.parent}; set --ckpt_path last")
+        print(f"isr: ckpt_path={found}{'' if asked else ', the last of this run (--ckpt_path null: no checkpoint)'}")
+        return str(found.absolute())
 
     def _find_runs(self, stored: dict[str, Any] | None = None) -> None:
         """Put a checkpoint in the place of a run that the model's settings name (a stage before this one)."""
@@ -193,8 +312,8 @@ class IsrCLI(LightningCLI):
         """Nothing left to do: `parse_arguments` has put the checkpoint's hyper-parameters below what the user gave."""
 
     def _say_differences(self, stored: dict[str, Any]) -> None:
-        given = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.config.subcommand]["model"]
-        before, now = dict(_leaves(stored)), dict(_leaves(given))
+        given = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.config.subcommand]["model"]
+        before, now = dict(leaves(stored)), dict(leaves(given))
         for key in sorted(before.keys() | now.keys()):
             follows = key == "seed" and now.get(key) is None  # --seed_everything
             if key in now and before.get(key, now[key]) != now[key] and not follows:
@@ -221,13 +340,16 @@ class IsrCLI(LightningCLI):
         self.model.awaits_checkpoint = config.get("ckpt_path") is not None
         for part in self._seeded:  # in config.yaml they go on following seed_everything; run.json has the numbers
             _init_args(config, part)["seed"] = None
-        if config.trainer.logger is None:
-            kwargs["logger"] = self._run_logger(config)
+        run_logger = self._run_logger(config)
+        if config.trainer.logger in (None, True) and not config.trainer.barebones:
+            kwargs["logger"] = run_logger
         trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, RunTrainer)
+        trainer.run_logger = run_logger
+        self.model.given_name = str(run_logger.name).rpartition("/")[2]
         if config.trainer.strategy == "auto":
             self._choose_strategy(trainer)
-        if config.get("init_from"):
-            trainer.callbacks.append(InitFrom(config.init_from))  # type: ignore[attr-defined]  # Lightning's mixin
+        self._adapt_callbacks(trainer, config)
         if config.get("output"):
             self._set_output(config.output)
         if config.get("skip_existing"):
@@ -274,12 +396,37 @@ class IsrCLI(LightningCLI):
             )
         self.model.results_file = path
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        if config.get("barebones") or config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _adapt_callbacks(self, trainer: RunTrainer, config: Any) -> None:
+        """No learning rates without a logger; checkpoints in the run's folder; weights to start from."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's mixin
+        if not trainer.loggers:
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        if self.subcommand == "fit":
+            for callback in callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    self._place_checkpoints(trainer, callback, config.ckpt_path)
+        if config.get("init_from"):
+            callbacks.append(InitFrom(config.init_from))
+
+    def _place_checkpoints(self, trainer: RunTrainer, callback: ModelCheckpoint, resumed: str | Path | None) -> None:
+        if callback.dirpath is None and trainer.run_logger not in trainer.loggers:
+            assert trainer.run_logger is not None
+            callback.dirpath = str(Path(trainer.run_logger.log_dir, "checkpoints"))
+        elif callback.dirpath is not None and any(Path(callback.dirpath).glob("*.ckpt")):
+            folder = Path(callback.dirpath).absolute()
+            if resumed is None or Path(resumed).absolute().parent != folder:
+                raise UsageError(f"checkpoint.dirpath={folder} holds checkpoints of another run; give an empty folder")
+
     def _run_logger(self, config: Any) -> TensorBoardLogger:
         """TensorBoard in the run's folder: a new version, or the checkpoint's own."""
         run = run_folder_of(config.get("ckpt_path"))
-        if run is None or config.name:
-            files = [Path(str(file)) for file in config.get("config") or []]
-            name = f"{paper_of(config.model.class_path)}/{config.name or run_name_of(files)}"
+        if run is None or self.given.name or config.trainer.fast_dev_run:
+            name = f"{paper_of(config.model.class_path)}/{self.given.run_name()}"
             runs = Path(config.runs).absolute()
             inside(runs, name)
             return RunLogger(runs, name, default_hp_metric=False)
@@ -321,17 +468,38 @@ _NOISE = (
 )
 
 
-def _stored_model(args: list[str]) -> dict[str, Any] | None:
-    """class_path and init_args in the checkpoint that the arguments name, if they name one."""
-    path = None
+def check_stored(stored: dict[str, Any], source: str) -> None:
+    """Refuse the settings of a checkpoint that this version of the code does not take.
+
+    Args:
+        stored: class_path and init_args of a checkpoint's model.
+        source: The checkpoint, as an argument: `ckpt_path=last.ckpt`.
+
+    Raises:
+        UsageError: Naming the checkpoint and the setting.
+    """
+    parser = Parser(prog="isr")
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    try:
+        parser.parse_object({"model": stored})
+    except UsageError as error:
+        text = str(error).partition("; see isr")[0]
+        raise UsageError(
+            f"{source}: the checkpoint holds a setting that this version does not take, {text}; use the version that "
+            "wrote it (the commit is in run.json of its run)"
+        ) from error
+
+
+def _null_as_path(args: list[str]) -> list[str]:
+    """`--data.train null` means a folder of that name where there is one; else no folder."""
     for place, arg in enumerate(args):
-        if arg == "--ckpt_path" and place + 1 < len(args):
-            path = args[place + 1]
-        elif arg.startswith("--ckpt_path="):
-            path = arg.partition("=")[2]
-    if path is None or path in ("last", "best", "null", "hpc", "registry"):
-        return None
-    return stored_model(path)
+        option, equals, value = arg.partition("=")
+        if option.startswith("--data.") and os.path.lexists("null"):
+            if value == "null":
+                args[place] = f"{option}=./null"
+            elif not equals and args[place + 1 : place + 2] == ["null"]:
+                args[place + 1] = "./null"
+    return args
 
 
 def _with_source(message: str, args: list[str]) -> str:
@@ -356,12 +524,3 @@ def _init_args(config: Any, part: str) -> Any:
 
 def _parsers(choices: Any) -> list[LightningArgumentParser]:
     return [choice for choice in choices.values() if isinstance(choice, Parser)] if isinstance(choices, dict) else []
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            inner = prefix if key == "init_args" else f"{prefix}{key}."
-            yield from _leaves(value, inner)
-    else:
-        yield prefix.rstrip("."), tree

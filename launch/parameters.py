@@ -24,8 +24,11 @@ from common.training import TrainingModule
 from launch.errors import UsageError
 from launch.lightning_cli import Parser
 
-OTHER_SECTIONS = ("data", "trainer", "checkpoint", "seed_everything", "runs", "name", "ckpt_path", "init_from")
-"""Top-level keys of configs that say nothing about the model; their contents are not looked at."""
+OTHER_SECTIONS = (
+    "checkpoint", "ckpt_path", "data", "init_from", "name", "output", "return_predictions", "runs", "seed_everything",
+    "skip_existing", "trainer", "verbose", "weights_only",
+)  # fmt: skip
+"""Top-level keys of the other commands' configs; their contents are not looked at."""
 
 
 @runtime_checkable
@@ -80,7 +83,7 @@ def build(configs: Sequence[str | Path], overrides: Sequence[str] = (), inferenc
     logging.disable(logging.WARNING)  # of weights that are random, which nobody runs here
     try:
         with architecture_only(), torch.device("meta"):
-            model: LightningModule = parser.instantiate_classes(parsed).model
+            model: LightningModule = parser.instantiate(parsed).model
             if isinstance(model, TrainingModule):
                 model.inference_only = inference
             model.configure_model()

@@ -57,7 +57,7 @@ def test_stage_two_calls_the_transformer_three_times_a_restoration(
     measure: Callable[..., tuple[str, Figures]], tmp_path: Path
 ) -> None:
     parser, parsed = parse([DNF_SR / "01_sft.yaml"])
-    stage_one = parser.instantiate_classes(parsed).model
+    stage_one = parser.instantiate(parsed).model
     stage_one.configure_model()
     state = stage_one.state_dict()
     settings = {"_class_path": "papers.dnf_sr.DNFSR", "lora_rank": 32, "lora_alpha": 64}

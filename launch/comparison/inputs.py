@@ -111,5 +111,5 @@ def _data_module(path: Path) -> LightningDataModule:
         raise UsageError(f"data={path} has no data section; give it data.class_path, as in data/configs")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    module: LightningDataModule = parser.instantiate_classes(parser.parse_object({"data": section})).data
+    module: LightningDataModule = parser.instantiate(parser.parse_object({"data": section})).data
     return module

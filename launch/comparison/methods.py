@@ -24,6 +24,7 @@ from data.images import ImageError, Pixels, first_five, list_images, read_image
 from launch.baselines import blurred, rounded
 from launch.comparison.inputs import Item
 from launch.errors import UsageError
+from launch.runs import differing_versions
 
 
 class Method(ABC):
@@ -132,6 +133,7 @@ class Run(Method):
         self.settings = _settings(path, self.checkpoint)
         self.scale = self.settings.get("init_args", {}).get("scale")
         self._key = ""
+        self._others = [] if images is not None else differing_versions(path)
 
     @property
     def paper(self) -> str:
@@ -139,6 +141,11 @@ class Run(Method):
         from launch.runs import paper_of
 
         return paper_of(str(self.settings["class_path"]))
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        """Versions of its name that are another model, or were trained on other data."""
+        newest = self.checkpoint.parents[1].name if self.checkpoint is not None else ""
+        return [f"{self.name}: its newest version, {newest}, is taken; {other}." for other in self._others]
 
     def key(self, item: Item) -> str:
         """Its file's bytes; without one settings, trained weights, and the files that settings name (a stage's)."""

@@ -21,7 +21,7 @@ from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, RunInfo
 from launch.cli import main
 from launch.errors import plain
 from launch.lightning_cli import IsrCLI, SaveConfig
-from launch.runs import config_run_name, last_run, paper_of, run_folder_of, run_name_of
+from launch.runs import Given, config_run_name, last_run, paper_of, run_folder_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "papers/dfosd/configs/demo/01_dfosd.yaml"
@@ -71,6 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(DEMO),
         "--runs",
         str(runs),
+        "--name=demo-dfosd",
         *SMALL,
         "--model.lambda_gan=0.02",
         "--model.ema_decay=null",
@@ -145,10 +146,11 @@ class TestRunFolder:
         (tmp_path / "photos.yaml").write_text("data: {class_path: data.SRData}")
         (tmp_path / "method.yaml").write_text("model: {class_path: papers.dfosd.DFOSD}")
         (tmp_path / "overlay.yaml").write_text("model: {init_args: {seed: 1}}")
-        files = [tmp_path / f"{name}.yaml" for name in ("photos", "method", "overlay")]
-        assert run_name_of(files) == "method", "data may come first"
-        assert run_name_of(files[:1]) == "photos"
-        assert run_name_of([]) == "default"
+        files = [word for name in ("photos", "method", "overlay") for word in ("-c", str(tmp_path / f"{name}.yaml"))]
+        assert Given(["fit", *files[:4]]).run_name() == "method", "data may come first"
+        assert Given(["fit", *files]).run_name() == "method-overlay"
+        assert Given(["fit", *files[:2]]).run_name() == "photos"
+        assert Given(["fit"]).run_name() == "default"
         assert run_folder_of("r/a/n/version_3/checkpoints/last.ckpt") == Path("r/a/n/version_3").absolute()
         assert run_folder_of("elsewhere/last.ckpt") is None
 
@@ -209,7 +211,8 @@ class TestCheckpointsHyperparameters:
 
     def test_a_new_run_starts_from_its_weights_at_step_0(self, isr: Any, trained: Path, tmp_path: Path) -> None:
         frozen = ["--model.optimizer.init_args.lr=0", "--model.disc_optimizer.init_args.lr=0", "--model.ema_decay=null"]
-        cli = isr("fit", "-c", DEMO, "--runs", tmp_path, *SMALL, "--init_from", trained, *frozen)
+        named = ["--runs", tmp_path, "--name", "demo-dfosd"]
+        cli = isr("fit", "-c", DEMO, *named, *SMALL, "--init_from", trained, *frozen)
         saved = torch.load(trained, weights_only=True)["state_dict"]
         for name, value in cli.model.all_trainable().items():
             assert torch.equal(value.detach(), saved[name]), name

@@ -721,7 +721,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["data.batch_size=1", "data.crop_size=32", "model.perceptual=none", "trainer.max_steps=1"]
     options += ["trainer.limit_val_batches=0", "trainer.enable_progress_bar=false"]
     config = ROOT / "papers/dfosd/configs/demo/01_dfosd.yaml"
-    arguments = ["-c", str(config), "--runs", str(runs), *(f"--{option}" for option in options)]
+    arguments = ["-c", str(config), "--runs", str(runs), "--name=demo-dfosd", *(f"--{option}" for option in options)]
     assert main(["fit", *arguments, "--debug"]) == 0
     return runs / "dfosd" / "demo-dfosd"
 

@@ -44,7 +44,7 @@ class Case:
             [f"--model.{self.before[1]}={checkpoint(runs.parent / 'before', self.before[0])}"] if self.before else []
         )
         return [
-            *("fit", "-c", str(config), "--runs", str(runs), *QUIET, *stage),
+            *("fit", "-c", str(config), "--runs", str(runs), f"--name=demo-{row}", *QUIET, *stage),
             f"--data.batch_size={batch_size}",
             "--data.crop_size=40",  # what DNF-SR's discriminator needs
             f"--data.batches_per_epoch={steps}",

@@ -308,7 +308,7 @@ def test_a_row_of_no_steps_is_tested_as_it_is_and_not_fitted(lightning, tmp_path
         lightning.calls.clear()
         assert demo.run("demo", ["--runs", str(runs), "--only", "b_sr", *quick]) == 0
         assert [command for command, _ in lightning.calls] == ["test", "fit", "test"]
-        assert lightning.calls[0][1] == ["-c", str(row), "--runs", str(runs)]
+        assert lightning.calls[0][1] == ["-c", str(row), "--runs", str(runs), "--ckpt_path", "null"]
         mean = float(_summary(runs)["b_sr/soon"]["mean"])
         assert mean == pytest.approx(psnr_rgb(turn), abs=1e-4)  # of the newest test
         text = (runs / "demo" / "report" / "report.md").read_text()

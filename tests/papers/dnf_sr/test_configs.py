@@ -15,7 +15,7 @@ from data import SRData
 from launch import caption
 from launch.comparison.measures import KNOWN
 from launch.parameters import build
-from launch.runs import run_name_of
+from launch.runs import Given
 from papers.dnf_sr.module import FlowRestorer
 
 from ...command_line import ParseOnly
@@ -63,7 +63,8 @@ def test_the_cards_commands_are_understood(checkpoint: str, monkeypatch: pytest.
     assert {command: len(parsed) for command, parsed in found.items()} == {
         "fit": 5, "validate": 1, "test": 1, "caption": 1, "parameters": 1,
     }  # fmt: skip
-    names = [f.name or run_name_of([Path(str(file)) for file in f.config]) for f in found["fit"]]
+    words = [[f"--name={f.name}"] * bool(f.name) + [f"-c={file}" for file in f.config] for f in found["fit"]]
+    names = [Given(["fit", *given]).run_name() for given in words]
     assert names == ["kontext_sft", "kontext_nf2t", "flux_dev_sft", "demo-sft", "demo-nf2t"]
     assert len({tuple(fit.data.init_args.train) for fit in found["fit"][:3]}) == 1
     (chosen,), (tested,) = found["validate"], found["test"]

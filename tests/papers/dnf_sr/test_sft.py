@@ -182,7 +182,8 @@ class TestEncodersOfText:
         forget_flux_prompts()
         demo = Path(module.__file__).parent / "configs/demo/01_sft.yaml"
         arguments = [
-            *("fit", "-c", str(demo), "--runs", str(tmp_path / "runs"), "--trainer.enable_progress_bar=false"),
+            *("fit", "-c", str(demo), "--runs", str(tmp_path / "runs"), "--name=texts"),
+            "--trainer.enable_progress_bar=false",
             *(f"--model.text_cache={tmp_path / 'texts'}", "--data.crop_size=40", "--data.val_crops=2"),
             *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.batch_size=2"),
         ]
