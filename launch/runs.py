@@ -176,7 +176,7 @@ def best_checkpoint(version: Path) -> Path | None:
     found = [
         Path(state["best_model_path"]).name  # its folder may have moved
         for name, state in kept.items()
-        if name.startswith("ModelCheckpoint") and state.get("monitor") and state.get("best_model_path")
+        if "Checkpoint{" in name and state.get("monitor") and state.get("best_model_path")
     ]
     path = version / "checkpoints" / found[0] if found else None
     return path if path is not None and path.is_file() else None

@@ -35,7 +35,7 @@ def stored(folder: Path, **settings: Any) -> Path:
         "state_dict": {},
         "global_step": 1,
         "hyper_parameters": hparams,
-        "callbacks": {"ModelCheckpoint{}": best},
+        "callbacks": {"Checkpoint{}": best},
     }
     for name in ("best", "last"):
         torch.save(content, folder / "checkpoints" / f"{name}.ckpt")
