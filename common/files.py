@@ -105,6 +105,25 @@ def plain_name(name: str) -> str:
     return "/".join(parts)
 
 
+def check_free(folder: str | Path, own: str | None = None) -> None:
+    """Refuse an output folder that holds files of somebody else's.
+
+    Args:
+        folder: The folder; it need not exist.
+        own: Name in it by which a command knows its own earlier output, which it adds to; None: nothing may be there.
+
+    Raises:
+        FileExistsError: It holds files, and nothing of the name `own`.
+    """
+    folder = Path(folder)
+    there = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if (there and own not in there) or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(
+            f"output={folder} holds files that this command has not made: {', '.join(sorted(there)[:5]) or folder}; "
+            "give an empty folder"
+        )
+
+
 @contextmanager
 def held(folder: str | Path) -> Iterator[None]:
     """Within this context no other process that asks for the same folder gets it.

@@ -38,6 +38,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from common.conditioning.captions import Captioner  # these take seconds, which --help need not
     from data.captions import Journal, Patches, check_manifest, write_manifest
     from data.images import first_five, list_images
+    from data.inventory import Inventory, unused_files, write_unused
 
     check_manifest(output, "output")
     if output.exists() and not part.exists():
@@ -55,7 +56,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     }
     journal = Journal(part, settings)
     try:
-        print(f"reading the sizes of {len(paths)} images", file=sys.stderr)
+        unused = unused_files(options.source, paths, {}, "not used")
+        found = Inventory("source", options.source, len(set(paths)), "photos to caption", unused, paths)
+        table = output.with_name(f"{output.name}.skipped.csv")
+        print(f"isr: {found}" + (f", named in {table}" if write_unused(table, [found]) else ""), file=sys.stderr)
         patches = Patches(paths, output.parent, options.patch, options.stride or 1)
         progress = _Progress(patches, journal)
         with progress:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import load_trained_weights, newest_checkpoint, read_checkpoint
-from common.files import held
+from common.files import check_free, held
 from common.training import TrainingModule
 from launch.errors import UsageError
 from launch.lightning_cli import check_stored, dump
@@ -28,8 +28,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="checkpoint, or a run's folder, of which the newest is taken")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the networks")
     options = parser.parse_args(list(argv))
-    if Path(options.output).exists() and (not Path(options.output).is_dir() or any(Path(options.output).iterdir())):
-        raise UsageError(f"output={options.output} holds files already; delete it, or give another folder")
+    check_free(options.output)
     path = newest_checkpoint(Path(options.run)) or Path(options.run)
     export: Any = getattr(load(path), "export", None)
     if export is None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import common.foundation
 import papers
-from common.files import held
+from common.files import check_free, held
 
 CONFIGS = Path(common.foundation.__file__).parent / "configs"
 PAPERS = Path(papers.__file__).parent
@@ -51,6 +51,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="steps of each stage, for a quick try (default: the recipes')")
     options = parser.parse_args(list(argv))
     output = Path(options.output)
+    check_free(output, own="stages")
     with held(output):
         for stage in STAGES:
             if not (output / "stages" / stage.name).is_dir():

@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.progress import Progress
 
-from common.files import held
+from common.files import check_free, held
 from common.metrics import MetricProtocol, MetricUnavailableError
 from data.images import ImageError, read_image
+from data.inventory import write_unused
 from launch.comparison import measures
 from launch.comparison.efficiency import Cost, measure
 from launch.comparison.inputs import ImageSet, Item, open_sets
@@ -132,9 +133,15 @@ def compare(
     wanted = list(dict.fromkeys(measures.full_id(name) for name in metrics))
     sets = open_sets(pairs, data, scale)
     _check_scales(methods, sets)
+    check_free(output, own="cache")
+    inventories = [test_set.samples.inventory("test") for test_set in sets if hasattr(test_set.samples, "inventory")]
+    for inventory in inventories:
+        inventory.check_apart(output)
+        print(f"isr: {inventory}", flush=True)
     built, missing = _build([name for name in wanted if name != measures.FID], chosen)
 
     with held(output):
+        write_unused(output / "skipped.csv", inventories)
         store = Store(output)
         work = _Work(store, methods, [item for image_set in sets for item in store.items(image_set)])
         in_sets = Counter(item.name for item in work.items)

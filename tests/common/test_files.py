@@ -12,6 +12,7 @@ import pytest
 
 from common.files import (
     InUseError,
+    check_free,
     csv_text,
     distinct_names,
     folder_name,
@@ -89,6 +90,20 @@ with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def test_an_output_folder_is_empty_or_of_the_same_command(tmp_path: Path) -> None:
+    check_free(tmp_path / "new")
+    (tmp_path / ".lock").touch()
+    check_free(tmp_path)
+    (tmp_path / "mine.txt").touch()
+    for own in (None, "cache"):
+        with pytest.raises(FileExistsError, match="mine"):
+            check_free(tmp_path, own)
+    with pytest.raises(FileExistsError, match="mine"):
+        check_free(tmp_path / "mine.txt")
+    (tmp_path / "cache").mkdir()
+    check_free(tmp_path, "cache")
 
 
 class TestHeld:

@@ -697,6 +697,24 @@ def test_a_run_of_another_scale_is_refused_before_its_network_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_somebody_elses_folder_and_one_among_the_inputs_are_no_output(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "version_0"
+    (run / "events.out.tfevents.1").parent.mkdir()
+    (run / "events.out.tfevents.1").write_bytes(b"curves")
+    with pytest.raises(FileExistsError, match="holds files that this command has not made: events"):
+        compare(pairs=[pairs], output=run, **QUICK)
+    assert (run / "events.out.tfevents.1").read_bytes() == b"curves"
+    with pytest.raises(ValueError, match="so the next run would read it"):
+        compare(pairs=[pairs], output=pairs / "test_LR" / "report", **QUICK)
+    assert not (pairs / "test_LR" / "report").exists()
+    (pairs / "test_LR" / "a.heic").write_bytes(b"x")
+    compare(pairs=[pairs], output=tmp_path / "out", **QUICK)
+    assert "images (pairs in test_LR and test_HR); not used: 1 file (1 .heic)" in capsys.readouterr().out
+    assert "a.heic" in (tmp_path / "out" / "skipped.csv").read_text()
+
+
 def test_what_a_full_disk_left_of_a_record_is_made_again(pairs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     before = compare(pairs=[pairs], output=output, **QUICK).data["values"]

@@ -64,4 +64,4 @@ def test_a_folder_that_holds_files_is_left_as_it_is(tmp_path: Path, capsys: pyte
     (tmp_path / "out" / "unet").mkdir(parents=True)
     (tmp_path / "out" / "unet" / "config.json").write_text("another run's")
     assert main(["export", str(tmp_path / "a.ckpt"), "-o", str(tmp_path / "out")]) == 2
-    assert f"output={tmp_path}/out holds files already; delete it, or give another folder" in capsys.readouterr().err
+    assert f"output={tmp_path}/out holds files that this command has not made" in capsys.readouterr().err
