@@ -531,7 +531,8 @@ class TrainingModule(LightningModule):
     def on_validation_start(self) -> None:
         """Put the averages in; the end of the epoch takes them out."""
         self.check_stages()
-        self._run_dir = self._results()  # asking for it is a broadcast: all processes must
+        if self._trainer is not None:
+            self._run_dir = self._results()  # asking for it is a broadcast: all processes must
         self._swap_ema()
 
     def on_validation_epoch_end(self) -> None:

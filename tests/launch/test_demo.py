@@ -66,7 +66,7 @@ class Lightning:
         init_args = {"lpips": {"weights": "random", "width": 0.25}, "pretrained": "tiny"}
         if name == "demo-late":
             init_args |= {"condition": "features", "features": "tiny"}
-        if "--ckpt_path" in args:
+        if "--ckpt_path" in args and "null" not in args:
             run = Path(args[args.index("--ckpt_path") + 1]).parents[1]
         else:  # a fit, or the test of a row that needs none
             run = folder / f"version_{len(list(folder.glob('version_*')))}"

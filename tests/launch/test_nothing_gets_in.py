@@ -272,7 +272,7 @@ def test_no_image_s_name_leaves_the_output_folder(name: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="no name of a file inside"):
         model.predict_step(batch, 0)
     with pytest.raises(ValueError, match="no name of a file inside"):
-        model._write(out, [name], torch.zeros(1, 3, 8, 8))
+        model._target(out, name)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == []
 
 
@@ -284,14 +284,14 @@ def test_no_link_in_the_output_folder_leads_a_result_out_of_it(tmp_path: Path) -
     (tmp_path / "out" / "holiday").symlink_to(tmp_path / "elsewhere")
     model = DFOSD(pretrained="tiny", perceptual="none")
     with pytest.raises(ValueError, match="by a link"):
-        model._write(tmp_path / "out", ["holiday/a"], torch.zeros(1, 3, 8, 8))
+        model._target(tmp_path / "out", "holiday/a")
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_no_run_s_name_and_no_figure_leaves_its_folder(tmp_path: Path, capsys: Any) -> None:
     words = ["fit", "-c", DEMO, "--runs", str(tmp_path / "runs"), "--name", "../../escaped"]
-    assert main(words) == 1
-    assert "name='dfosd/../../escaped' is no name of a file inside" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "name=../../escaped is not the name of one folder" in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "figures").symlink_to(tmp_path / "elsewhere")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +31,10 @@ ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], int]:
-    """Run a function as an `isr` command."""
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], object]], int]]:
+    """Run a function as an `isr` command, under the handlers of a command that a shell runs in the foreground."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
 
     def run(function: Callable[[], object]) -> int:
         module = SimpleNamespace(run=lambda name, rest: function())
@@ -40,7 +42,9 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
         monkeypatch.setitem(cli.COMMANDS, "a_test", ("launch.a_test", ""))
         return main(["a_test"])
 
-    return run
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", ENDING)

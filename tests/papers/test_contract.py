@@ -201,7 +201,8 @@ class TestDemo:
         trained = set(other.module.all_trainable())
         for name, value in fits.half.initial.items():
             is_constant = value.numel() == 1 or float(value.std()) == 0
-            is_drawn = not is_constant and ("lora_A" in name or name.startswith("discriminator"))
+            is_adapter = "lora_A" in name and "runs/" not in fits.config.read_text()  # else it is the stage's before
+            is_drawn = not is_constant and (is_adapter or name.startswith("discriminator"))
             if name not in trained or is_drawn:
                 assert torch.equal(other.initial[name], value) is (name not in trained), name
         folder = Path(other.trainer.log_dir)
@@ -226,7 +227,12 @@ class TestDemo:
         for name, value in run.initial.items():
             assert value.device == device()
             assert torch.equal(value.cpu(), fits.half.initial[name]), name
-        assert run.metrics[0] == pytest.approx(fits.half.metrics[0], rel=1e-3, abs=1e-5)
+        # NF2T's sum of 2r - 1 is a small difference of numbers near 1, whose own error is 1e-4
+        apart = {name: value for name, value in fits.half.metrics[0].items() if name != "train/sum_2r-1"}
+        assert run.metrics[0].keys() == fits.half.metrics[0].keys()
+        assert {name: run.metrics[0][name] for name in apart} == pytest.approx(apart, rel=1e-3, abs=1e-5)
+        for name in run.metrics[0].keys() - apart:
+            assert run.metrics[0][name] == pytest.approx(fits.half.metrics[0][name], abs=5e-4)
 
     def test_the_checkpoint_holds_what_is_trained_and_no_frozen_weight(self, fits: Fits) -> None:
         checkpoint = torch.load(fits.whole.last, weights_only=True)

@@ -127,7 +127,7 @@ def make(make_base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> Cal
         configure: bool = True,
         **options: Any,
     ) -> RFSR:
-        if cls is not RFSR:
+        if not issubclass(cls, RFSR):
             return bare(cls(make_base(kind, **(base or {})), **options), configure)
         small: dict[str, Any] = {
             "rewards": {"bright": 1.0},
