@@ -356,7 +356,7 @@ def _matmul_tflops(device: str, side: int) -> float:
 
 
 def _about(device: str, tiny: bool) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Device, versions and commit of the figures."""
     here = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,

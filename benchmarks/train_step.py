@@ -220,7 +220,7 @@ def batches(count: int, size: int, crop: int, scale: int) -> list[Batch]:
 
 @dataclass
 class Measured:
-    """What `measure` finds: the settings it ran, the figures by batch size, and what stays for a next stage."""
+    """Result of `measure`: the settings, the figures by batch size, and the trained model."""
 
     settings: dict[str, Any]
     stored: dict[str, Any]  # as a checkpoint's hyper_parameters

@@ -35,7 +35,8 @@ def test_every_items_configurations_and_overrides_are_understood(program: Any) -
             continue
         for configs, overrides in ((item.configs, item.overrides), ([item.demo], item.tiny)):
             filled = [re.sub(r"=\{(\w+)\}$", r"=\1.ckpt", text) for text in overrides]
-            parse([ROOT / config for config in configs], filled)
+            _, parsed = parse([ROOT / config for config in configs], filled)
+            assert parsed.model.class_path.startswith(f"papers.{configs[0].split('/')[1]}."), item.name
 
 
 def test_an_item_measures_steps_and_a_second_call_goes_on(
