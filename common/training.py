@@ -273,7 +273,7 @@ class TrainingModule(LightningModule):
     @property
     def update_step(self) -> int:
         """Number of the update that the present batch is part of, from 1; `accumulate` batches make one update."""
-        return -(-int(self.train_step) // self.accumulate)
+        return -(-self._steps // self.accumulate)
 
     def draws(self, batch: Batch) -> Draws:
         """Random numbers for this batch that resume and several processes reproduce."""
@@ -594,6 +594,7 @@ class TrainingModule(LightningModule):
                 raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
             self.ema.load_state_dict(checkpoint["ema"], self.all_trainable())
         self.take_stages(checkpoint)
+        self._steps = int(checkpoint["state_dict"].get("train_step", 0))
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -20,6 +20,7 @@ T5 = ("text_encoder_2", "tokenizer_2")
 
 _BATCH = 16  # prompts that are encoded at once where there are many
 _CACHE_SIZE = 2048  # prompts; 512 x 4096 numbers of bfloat16 take 4.2 MB each
+_SMALL_CACHE_SIZE = 32  # where a forgotten one is soon had again: from kept encoders, or from a file
 _cache: OrderedDict[tuple[str, int, str], FluxText] = OrderedDict()
 _kept: dict[tuple[str, str], tuple[Any, Any]] = {}
 
@@ -35,9 +36,10 @@ def encode_flux_prompts(
 ) -> FluxText:
     """Embed prompts as FLUX's pipelines do: both padded to full length, without attention mask.
 
-    Each prompt is encoded once and remembered on the CPU, the last 2,048 of them; the encoders are loaded only for new
-    ones, one after the other, and freed afterwards. They work in the dtype of their weights whatever autocast says
-    outside: T5-XXL in bfloat16, as it was published (9.5 GB), CLIP in float32.
+    Each prompt is encoded once and remembered on the CPU, the last 2,048 of them (8.6 GB of FLUX.1 [dev]), or the last
+    32 with `keep` or `folder`; the encoders are loaded only for new ones, one after the other, and freed afterwards.
+    They work in the dtype of their weights whatever autocast says outside: T5-XXL in bfloat16, as it was published
+    (9.5 GB), CLIP in float32.
 
     Args:
         pretrained: Folder or hub id in FLUX's layout, `tiny` or `random:<architecture>`, see `common.pretrained`.
@@ -75,7 +77,7 @@ def encode_flux_prompts(
     for prompt, key in wanted.items():
         _cache[key] = found[prompt]
         _cache.move_to_end(key)
-    while len(_cache) > _CACHE_SIZE:
+    while len(_cache) > (_SMALL_CACHE_SIZE if keep or folder else _CACHE_SIZE):
         _cache.popitem(last=False)
     columns = zip(*(found[prompt] for prompt in prompts), strict=True)
     return FluxText(*(torch.stack(column).to(device) for column in columns))
@@ -100,8 +102,7 @@ def cache_flux_prompts(
     Returns:
         How many were lacking.
     """
-    distinct = dict.fromkeys(prompts)
-    fresh = [prompt for prompt in distinct if not _file(folder, pretrained, max_tokens, prompt).is_file()]
+    fresh = lacking_flux_prompts(pretrained, prompts, folder, max_tokens)
     try:
         for start in range(0, len(fresh), _BATCH):
             encode_flux_prompts(pretrained, fresh[start : start + _BATCH], device, max_tokens, True, folder)
@@ -109,6 +110,14 @@ def cache_flux_prompts(
         for name, _ in (T5, CLIP):
             _kept.pop((pretrained, name), None)
     return len(fresh)
+
+
+def lacking_flux_prompts(
+    pretrained: str, prompts: Sequence[str], folder: str | Path, max_tokens: int = 512
+) -> list[str]:
+    """The distinct prompts whose embeddings a folder lacks; arguments as for `cache_flux_prompts`."""
+    distinct = dict.fromkeys(prompts)
+    return [prompt for prompt in distinct if not _file(folder, pretrained, max_tokens, prompt).is_file()]
 
 
 def flux_text_encoders(pretrained: str) -> dict[str, Any]:

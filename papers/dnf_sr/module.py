@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from common.adapters import adapter_names, count_lora
 from common.autoencoder import ImageCodec
 from common.conditioning.captions import Captioner
-from common.conditioning.flux_text import cache_flux_prompts, encode_flux_prompts, flux_text_encoders
+from common.conditioning.flux_text import (
+    cache_flux_prompts,
+    encode_flux_prompts,
+    flux_text_encoders,
+    lacking_flux_prompts,
+)
 from common.denoisers.flux import FluxDenoiser, FluxText
 from common.diffusion import flow_clean, flow_noise
 from common.draws import Draws
@@ -73,7 +78,8 @@ class FlowRestorer(RestorationModule):
         keep_text_encoders: Keep T5 and CLIP loaded, for texts that change from batch to batch; else they are loaded for
             every text that was not met before, and freed.
         text_cache: Folder in which texts' embeddings are kept from run to run; null for none. Without
-            `keep_text_encoders` a fit first fills it with the texts of the training and validation sets.
+            `keep_text_encoders` a fit first fills it with the texts of the training and validation sets, each process
+            with its share; all nodes must share the folder.
         lora_rank: Of all adapters.
         lora_alpha: Likewise; the scale is alpha / rank.
         dists: Loss in feature space.
@@ -244,13 +250,27 @@ class FlowRestorer(RestorationModule):
         if self.text_cache is None or self.keep_text_encoders:
             self.text(given[:1])
             return
-        if self.trainer.is_global_zero:
-            texts = self.texts(given)
-            fresh = cache_flux_prompts(self.pretrained, texts, self.text_cache, self.device, self.max_tokens)
-            rank_zero_info(
-                f"text_cache={self.text_cache}: encoded {fresh} of {len(set(texts))} texts, the rest was there"
+        self._fill_text_cache(self.text_cache, list(dict.fromkeys(self.texts(given))))
+
+    def _fill_text_cache(self, folder: str, texts: list[str]) -> None:
+        """Encode the texts that a folder lacks, each process its share, so that none waits for another for long.
+
+        Raises:
+            ValueError: The processes do not share the folder.
+        """
+        mine = texts[self.global_rank :: self.trainer.world_size]
+        fresh = cache_flux_prompts(self.pretrained, mine, folder, self.device, self.max_tokens)
+        rank_zero_info(
+            f"text_cache={folder}: encoded {fresh} of {len(mine)} texts, the rest was there (process 0's share of "
+            f"{len(texts)})"
+        )
+        self.trainer.strategy.barrier("text_cache")
+        lacking = lacking_flux_prompts(self.pretrained, texts, folder, self.max_tokens)
+        if lacking:
+            raise ValueError(
+                f"text_cache={folder} lacks {len(lacking)} texts that other processes encoded; give a folder that all "
+                "nodes share"
             )
-        self.trainer.strategy.barrier("text_cache")  # the others find its files
 
     # Inference
 

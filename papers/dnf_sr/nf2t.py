@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from common.adapters import (
-    adapter_state,
     add_lora,
     load_adapter_state,
     merge,
     set_adapter,
     vae_encoder_targets,
-    without_adapters,
 )
 from common.autoencoder import ImageCodec
 from common.checkpoints import read_stage, resolved, trained_state
@@ -104,7 +103,8 @@ class NF2T(FlowRestorer):
         beta: Mixing of the policies; 1 / beta is the guidance strength.
         std: Standard deviation of a group: of the `population` (1 / K) or the `sample` (1 / (K - 1)).
         rec_weights: Weights of MSE and DISTS in L_rec.
-        updates_per_rollout: 1 sums a group's gradients into one update; K makes one of each restoration.
+        updates_per_rollout: `K` makes an update of each restoration, Algorithm 1's loop: on 8 processes with a batch of
+            1 that is the paper's 8 samples an update. 1 makes one update of a whole group.
         eta_schedule: Share of itself that `old` keeps at the end of a round: none (`hard_copy`), or DiffusionNFT's
             `type1` or `type2`.
         fast_on_policy: Use that v = v_old where each rollout is followed by one update and a hard copy: half the
@@ -112,7 +112,7 @@ class NF2T(FlowRestorer):
         nf2t_noise: Noise of the gradient step: `fresh`, or the `rollout`'s own, which carries no reward signal.
         nft_factor: For `nft` alone: scale each branch by its own error, and both by this over beta (DiffusionNFT: 5);
             null for the plain objective.
-        nft_kl: For `nft` alone: weight of |v - v_base|^2 (DiffusionNFT: 1e-4), v_base without any adapter.
+        nft_kl: For `nft` alone: weight of |v - v_ref|^2 (DiffusionNFT: 1e-4), v_ref stage 1's policy.
         compared: Noises by which a test compares each image's restoration with stage 1's, by rewards; 0 for neither
             comparison nor picture.
         pictured: Number, from 0, of the image in the first test set of which K restorations before and after are drawn.
@@ -131,7 +131,7 @@ class NF2T(FlowRestorer):
         beta: float = 1.0,
         std: Std = "population",
         rec_weights: tuple[float, float] = (2.0, 5.0),
-        updates_per_rollout: Literal[1, "K"] = 1,
+        updates_per_rollout: Literal[1, "K"] = "K",
         eta_schedule: Schedule = "hard_copy",
         fast_on_policy: bool = False,
         nf2t_noise: Literal["fresh", "rollout"] = "fresh",
@@ -168,13 +168,19 @@ class NF2T(FlowRestorer):
         if self.input == "lr":
             raise ValueError("input=lr takes no noise, so all restorations of a group are equal; use dual or mix")
         if self.updates_per_rollout == "K" and self.accumulate != 1:
-            raise ValueError(f"accumulate={self.accumulate} with updates_per_rollout=K: set one of them to 1")
+            raise ValueError(
+                f"accumulate={self.accumulate} with updates_per_rollout=K: each update is of one batch; set "
+                "accumulate=1 and the photos of an update by data.global_batch_size or data.batch_size, or set "
+                "updates_per_rollout=1"
+            )
         off_policy = self.updates_per_rollout != 1 or self.eta_schedule != "hard_copy" or self.accumulate != 1
         if self.fast_on_policy and (off_policy or self.variant != "nf2t"):
             raise ValueError(
                 "fast_on_policy=true holds where v = v_old: set variant=nf2t, updates_per_rollout=1, "
                 "eta_schedule=hard_copy and accumulate=1, or fast_on_policy=false"
             )
+        if self.nft_kl and self.variant != "nft":
+            raise ValueError(f"nft_kl={self.nft_kl} with variant={self.variant}: set variant=nft, or nft_kl=0")
 
     # Networks
 
@@ -304,15 +310,22 @@ class NF2T(FlowRestorer):
 
     @contextmanager
     def stage_one(self) -> Iterator[None]:
-        """Within this context the transformer is stage 1's policy, which stands in the place of `old`."""
-        assert self.flow is not None
-        kept = {key: value.clone() for key, value in adapter_state(self.flow.transformer, OLD).items()}
-        load_adapter_state(self.flow.transformer, self._sft_adapter, OLD)
+        """Within this context the transformer is v_ref, stage 1's policy: its weights and `old`'s change places."""
+        self._exchange_reference()
         try:
             with self.policy(OLD):
                 yield
         finally:
-            load_adapter_state(self.flow.transformer, kept, OLD)
+            self._exchange_reference()
+
+    def _exchange_reference(self) -> None:
+        """Swap the storages of `old` and v_ref; nothing is copied once v_ref is on the device."""
+        assert self.flow is not None
+        for key, old in self.flow.transformer.named_buffers():
+            if _is_of(key, OLD):
+                name = key.replace(f".{OLD}.", ".")
+                reference = self._sft_adapter[name].to(old)
+                self._sft_adapter[name], old.data = old.data, reference
 
     def _old(self) -> list[Tensor]:
         """Weights of the old policy, in the order of theta's."""
@@ -324,13 +337,21 @@ class NF2T(FlowRestorer):
     def on_fit_start(self) -> None:
         """Fetch the rewards' weights now, so that a run fails before it starts."""
         super().on_fit_start()
+        self._said_samples = False
         self._scoring, self._unscored, self._saved = Later(), torch.zeros(3, dtype=torch.long), 0
         for name in self.reward_names:
             self._open_reward(name)
+        if self.nft_kl and not self._sft_adapter:
+            raise ValueError(
+                f"nft_kl={self.nft_kl} pulls to stage 1's policy, which sft={self.sft} no longer holds; put that "
+                "checkpoint back, or set nft_kl=0"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Algorithm 1: a round of rollout (lines 5 to 12), gradient steps (13 to 23) and online update (24)."""
         draws, text = self.draws(batch), self.text(batch["prompt"])
+        if not self._said_samples:
+            self._say_samples(len(batch["lq"]))
         # 14. z_L = E_ref(x_L)
         with torch.no_grad():
             z_lq = self.encode(batch["lq"])
@@ -352,6 +373,16 @@ class NF2T(FlowRestorer):
         # 24. v_old <- eta v_old + (1 - eta) v_theta
         self.follow()
         self.log_dict({f"train/{name}": torch.stack([one[name] for one in said]).mean() for name in said[0]})
+
+    def _say_samples(self, batch_size: int) -> None:
+        """Print of how many restorations an update is."""
+        self._said_samples = True
+        processes, each = self.trainer.world_size, 1 if self.updates_per_rollout == "K" else self.group_size
+        rank_zero_info(
+            f"samples per update: {batch_size * processes * self.accumulate * each} = {batch_size} x {processes} x "
+            f"{self.accumulate} x {each} (batch of a process x processes x accumulated batches x restorations of an "
+            f"image); {self.group_size // each} updates a rollout"
+        )
 
     @torch.no_grad()
     def rollout(self, z_lq: Tensor, noises: list[Tensor], text: FluxText) -> list[Sample]:
@@ -464,9 +495,9 @@ class NF2T(FlowRestorer):
         else:
             loss = self_normalised_nft_loss(v, v_old, y, r, self.beta, self.t_mid, self.nft_factor).mean()
         if self.nft_kl:
-            with torch.no_grad(), without_adapters(self.flow.transformer):
-                v_base = self.velocity(slots, text)
-            loss = loss + self.nft_kl * (v - v_base).square().mean()
+            with torch.no_grad(), self.stage_one():
+                v_ref = self.velocity(slots, text)
+            loss = loss + self.nft_kl * (v - v_ref).square().mean()
         return Objective(loss, {"loss": loss.detach(), "gap": 2 * self.beta * (v - v_old).detach().abs().mean()})
 
     def descend(self, update: Callable[[Tensor], None], loss: Tensor, last: bool) -> None:
@@ -509,7 +540,7 @@ class NF2T(FlowRestorer):
     @torch.no_grad()
     def follow(self) -> None:
         """Line 24, after each update: old <- eta old + (1 - eta) theta."""
-        if int(self.train_step) % self.accumulate:
+        if self._steps % self.accumulate:
             return  # theta has not moved since the last time
         updates = self.group_size if self.updates_per_rollout == "K" else 1
         eta = old_share(self.eta_schedule, self.update_step * updates)

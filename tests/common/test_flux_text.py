@@ -185,6 +185,16 @@ def test_what_it_remembers_is_bounded(folder: str, loads: list[str], monkeypatch
     assert len(loads) == 6
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_remembers_few_where_encoders_or_files_are_kept(folder: str, tmp_path: Path, kept: bool) -> None:
+    prompts = [f"a{i}" for i in range(40)]
+    where = {"keep": True} if kept else {"folder": tmp_path}
+    for prompt in prompts:
+        encode_flux_prompts(folder, [prompt], max_tokens=4, **where)  # type: ignore[arg-type]
+    assert [key[2] for key in module._cache] == prompts[-32:]
+    module.forget_flux_prompts()
+
+
 def test_a_caller_cannot_spoil_what_is_remembered_and_gradients_flow_past_it(folder: str) -> None:
     with torch.inference_mode():
         encode_flux_prompts(folder, ["a"])

@@ -209,7 +209,7 @@ class TestTraining:
         toy = Toy(accumulate=3)
         numbers = []
         for _ in range(7):
-            toy.train_step += 1
+            toy._steps += 1
             numbers.append(toy.update_step)
         assert numbers == [1, 1, 1, 2, 2, 2, 3]
 

@@ -133,6 +133,7 @@ def make(flux: str, sft_run: str) -> Callable[..., NF2T]:
 
     def configured(awaits_checkpoint: bool | None = None, **options: Any) -> NF2T:
         small = {**SMALL, "sft": sft_run, "pretrained": flux, "group_size": 3, "rewards": ("colourfulness", "neg_mse")}
+        small["updates_per_rollout"] = 1
         model = NF2T(**{**small, **options})
         model.awaits_checkpoint = awaits_checkpoint
         model.configure_model()

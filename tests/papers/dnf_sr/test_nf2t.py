@@ -176,7 +176,8 @@ class TestStart:
             ({"reward_args": {"sharpness": {}}}, "not in rewards"),
             ({"input": "lr"}, "input=lr takes no noise"),
             ({"updates_per_rollout": "K", "accumulate": 2}, "accumulate=2"),
-            ({"fast_on_policy": True, "updates_per_rollout": "K"}, "fast_on_policy"),
+            ({"fast_on_policy": True}, "fast_on_policy"),
+            ({"nft_kl": 0.1}, "nft_kl=0.1 with variant=nf2t"),
             ({"fast_on_policy": True, "eta_schedule": "type1"}, "fast_on_policy"),
             ({"fast_on_policy": True, "variant": "nft"}, "fast_on_policy"),
         ],
@@ -307,6 +308,24 @@ class TestRound:
         assert len(run.tape.grads) == 6
         assert run.metrics["train/gap"] > 0  # theta leaves old within a round
 
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"updates_per_rollout": "K"}, "2 = 2 x 1 x 1 x 1 "),
+            ({"accumulate": 2}, "12 = 2 x 1 x 2 x 3 "),
+        ],
+    )
+    def test_a_fit_prints_the_samples_of_an_update_once(
+        self, make: Make, batch: Batch, options: Any, expected: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level("INFO"):
+            train(make(**options), batch, steps=2)
+        (said,) = [r.getMessage() for r in caplog.records if "samples per update" in r.getMessage()]
+        assert said.startswith(f"samples per update: {expected}")
+
+    def test_algorithm_1s_loop_is_the_default(self) -> None:
+        assert NF2T("x").updates_per_rollout == "K"
+
     def test_one_update_is_the_mean_over_the_group(self, make: Make, batch: Batch) -> None:
         whole = train(make(), batch).tape.grads[0]
         each = train(make(updates_per_rollout="K"), batch).tape.grads  # theta stands still: the rate is 0
@@ -343,9 +362,40 @@ class TestVelocitySpace:
         for name, gradient in zip(named, expected, strict=True):
             assert_close(run.tape.grads[0][name], gradient, rtol=1e-3, atol=1e-5 * size)
 
-    def test_the_pull_to_the_base_is_felt(self, make: Make, batch: Batch) -> None:
+    def test_the_pull_is_to_stage_ones_policy(self, make: Make, flux: str, sft_run: str, batch: Batch) -> None:
+        """By |v - v_ref|^2 of another copy of stage 1's network, wherever theta and `old` have gone."""
+
+        def run(kl: float) -> Any:
+            model = moved(make(variant="nft", nft_kl=kl))
+            for key, old in model.flow.transformer.named_buffers():  # type: ignore[union-attr]
+                if ".old." in key:
+                    old += 0.03
+            kept = of(model, "old")
+            return train(model, batch), kept
+
+        (plain, _), (pulled, old) = run(0.0), run(1.0)
+        model, before = pulled.model, stage_one(flux, sft_run)
+        text, distances = model.text(batch["prompt"]), []
+        with torch.no_grad():
+            z_l = model.encode(low(batch))
+            for k in range(3):
+                slots = model.fill(z_l, pulled.spy.drawn[f"gradient/{k}"])
+                distances.append((model.velocity(slots, text) - before.velocity(slots, text)).square().mean())
+        expected = float(torch.stack(distances).mean())
+        assert expected > 1e-4
+        assert pulled.metrics["train/loss"] - plain.metrics["train/loss"] == pytest.approx(expected, rel=1e-3)
+        assert not equal(of(model, "old"), old)  # the hard copy after the round
+        assert equal(of(model, "old"), of(model, "theta"))
+
+    def test_at_the_start_there_is_no_pull(self, make: Make, batch: Batch) -> None:
         plain, pulled = (train(make(variant="nft", nft_kl=kl), batch).metrics["train/loss"] for kl in (0.0, 1.0))
-        assert pulled > plain
+        assert pulled == pytest.approx(plain, abs=1e-9)
+
+    def test_without_stage_ones_policy_a_fit_with_the_pull_is_refused(self, make: Make, batch: Batch) -> None:
+        model = make(variant="nft", nft_kl=0.1)
+        model._sft_adapter = {}
+        with pytest.raises(ValueError, match=r"nft_kl=0\.1 pulls to stage 1's policy, which sft=.* no longer holds"):
+            train(model, batch)
 
 
 def louder(model: NF2T, gain: float) -> NF2T:
@@ -380,17 +430,25 @@ class TestOnlineUpdate:
     def test_it_follows_once_an_update_however_many_batches_make_it(self, make: Make, batch: Batch) -> None:
         """Type 1's share at update 100 is 0.1."""
         model = make(optimizer=sgd(), eta_schedule="type1", accumulate=2)
-        model.train_step += 198  # 99 updates of two batches
+        model._steps += 198  # 99 updates of two batches
         first = of(model, "old")
         moved(model)
         theta = of(model, "theta")
-        model.train_step += 1
+        model._steps += 1
         model.follow()
         assert equal(of(model, "old"), first)  # in mid-update
-        model.train_step += 1
+        model._steps += 1
         model.follow()
         for key, value in of(model, "old").items():
             assert_close(value, 0.1 * first[key] + 0.9 * theta[key], rtol=0, atol=1e-7)
+
+    def test_following_does_not_wait_for_the_device(self, make: Make) -> None:
+        model = moved(make(optimizer=sgd()))
+        model.train_step = torch.empty((), dtype=torch.long, device="meta")  # which cannot be read
+        model._steps = 1
+        model.follow()
+        assert model.update_step == 1
+        assert equal(of(model, "old"), of(model, "theta"))
 
     def test_the_old_policy_is_no_parameter_and_is_in_the_checkpoint(self, make: Make) -> None:
         model = make()

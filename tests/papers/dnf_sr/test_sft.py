@@ -1,8 +1,10 @@
 """Stage 1: the step in closed form, its noise, losses by hand, and where gradients go."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +199,33 @@ class TestEncodersOfText:
             steps.clear()
         assert len(list((tmp_path / "texts").iterdir())) == len(texts)
         assert not flux_text._kept
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_processes_share_the_encoding_of_texts(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Process 1 of 2 encodes every second text; the other's are there after the barrier, or the folder is refused."""
+    model, texts, encoded = make(), list("abcde"), list[str]()
+    forget_flux_prompts()
+    real = flux_text._encode
+
+    def encode(pretrained: str, prompts: list[str], *rest: Any) -> Any:
+        encoded.extend(prompts)
+        return real(pretrained, prompts, *rest)
+
+    def barrier(name: str) -> None:
+        if shared:
+            flux_text.cache_flux_prompts(model.pretrained, texts[::2], tmp_path, max_tokens=model.max_tokens)
+
+    trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=SimpleNamespace(barrier=barrier))
+    monkeypatch.setattr(DNFSR, "trainer", trainer)
+    monkeypatch.setattr(DNFSR, "global_rank", 1)
+    monkeypatch.setattr(flux_text, "_encode", encode)
+    refused = pytest.raises(ValueError, match="lacks 3 texts that other processes encoded; give a folder")
+    with contextlib.nullcontext() if shared else refused:
+        model._fill_text_cache(str(tmp_path), texts)
+    assert encoded == ["b", "d"] + (["a", "c", "e"] if shared else [])
 
 
 class TestNoiseOfATest:
