@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.color import VARIANCE_EPS, wavelet
-from common.files import replacing
+from common.files import held, replacing
 from common.images import bicubic_upsample
 from common.metrics import to_uint8
 from common.tiling import Blend, blend_window, pad_to_multiple, plan_tiles
@@ -82,6 +82,7 @@ def upscale_large(
         progress: Called as (steps done, steps in all) after each tile, kept ones included, and each band of each pass.
 
     Raises:
+        InUseError: Another process restores into the same target.
         ValueError: An argument is out of range, or `restore` gives another size or a value that is not finite.
         OSError: The disk is full or the folder cannot be written; the message names the file, the tiles are kept.
     """
@@ -101,31 +102,34 @@ def upscale_large(
         if progress is not None:
             progress(next(steps), in_all)
 
-    tiles.open({"pixels": _digest(x_lq), "size_multiple": str(size_multiple), "key": key})
-    for top, left in tiles.places:
-        if not tiles.has(top, left):
-            tiles.write(top, left, restore(padded[..., top : top + tile, left : left + tile]))
-        step()
-
-    def raw(band: Band) -> Tensor:
-        return tiles.band(band)[..., : scale * width]
-
-    def reference(band: Band) -> Tensor:
-        return bicubic_band(x_lq, scale, band)
-
-    fixed: Callable[[Band], Tensor] = raw
-    if color_fix == "adain":
-        fixed = _adain(raw, reference, bands, step)
-    elif color_fix == "wavelet":
-        fixed = _wavelet(raw, reference, scale * height)
-
-    def rows() -> Iterator[Pixels]:
-        for band in bands:
-            yield to_uint8(fixed(band))[0].permute(1, 2, 0).contiguous().numpy()
+    with held(tiles.folder):
+        tiles.open({"pixels": _digest(x_lq), "size_multiple": str(size_multiple), "key": key})
+        for top, left in tiles.places:
+            if not tiles.has(top, left):
+                tiles.write(top, left, restore(padded[..., top : top + tile, left : left + tile]))
             step()
 
-    write_rows(target, rows(), scale * height, scale * width)
-    tiles.clear()
+        def raw(band: Band) -> Tensor:
+            return tiles.band(band)[..., : scale * width]
+
+        def reference(band: Band) -> Tensor:
+            return bicubic_band(x_lq, scale, band)
+
+        fixed: Callable[[Band], Tensor] = raw
+        if color_fix == "adain":
+            fixed = _adain(raw, reference, bands, step)
+        elif color_fix == "wavelet":
+            fixed = _wavelet(raw, reference, scale * height)
+
+        def rows() -> Iterator[Pixels]:
+            for band in bands:
+                yield to_uint8(fixed(band))[0].permute(1, 2, 0).contiguous().numpy()
+                step()
+
+        write_rows(target, rows(), scale * height, scale * width)
+        tiles.clear()
+    with suppress(OSError):  # something foreign is in it
+        tiles.folder.rmdir()
 
 
 def plan_bands(height: int, width: int) -> list[Band]:
@@ -270,12 +274,10 @@ class TileStore:
         return mean[None]
 
     def clear(self) -> None:
-        """Remove the tiles, and the folder if nothing foreign is in it."""
+        """Remove the tiles."""
         self._fingerprint.unlink(missing_ok=True)  # first: tiles without it are nobody's
         for path in [*self.folder.glob("tile_*.f32"), *self.folder.glob(".*.tmp")]:
             path.unlink()
-        with suppress(OSError):
-            self.folder.rmdir()
 
 
 def _digest(x_lq: Tensor) -> str:

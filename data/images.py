@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,9 +141,15 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise _image_error(path, _reason(error)) from error
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Image files below a folder, links followed once, dot-files left out, sorted by relative path."""
-    found: list[Path] = []
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Visit a folder and all folders below it; links are followed, each folder is visited once.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        A visited folder, the names of its files, and the names of its hidden folders, which are not visited.
+    """
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -151,8 +157,16 @@ def _walk(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        hidden = [name for name in folders if is_hidden(name)]
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        found += [Path(root, name) for name in files if is_image(name) and not is_hidden(name)]
+        yield root, files, hidden
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Image files below a folder, hidden ones left out, sorted by relative path."""
+    found = [
+        Path(root, name) for root, files, _ in walk(folder) for name in files if is_image(name) and not is_hidden(name)
+    ]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -262,7 +276,7 @@ def list_entries(source: Source, argument: str = "source") -> list[Entry]:
         return [entry for part in source for entry in list_entries(part, argument)]
     path = Path(source).expanduser()
     if path.is_dir():
-        found = _walk(path)
+        found = _images_below(path)
         if not found:
             kinds = " ".join(sorted(IMAGE_EXTENSIONS))
             raise ValueError(f"{argument}={source} holds no images; put files there that end in one of {kinds}")

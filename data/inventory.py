@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.files import printable, replacing
 from common.made import RECORD
-from data.images import Source, first_five, is_hidden, is_image
+from data.images import Source, first_five, is_hidden, is_image, walk
 
 _NAMED = 4  # kinds of unused files that a line names
 
@@ -67,7 +67,7 @@ class Inventory:
             raise ValueError(f"output={output} is an image of {self._given()}, which would be lost; give another name")
         above = {out, *map(str, Path(out).parents)}
         folders = () if self.source is None else _folders(self.source)
-        read = dict.fromkeys(os.path.realpath(root) for folder in folders for root, _ in _walk(folder))
+        read = dict.fromkeys(os.path.realpath(root) for folder in folders for root, _, _ in walk(folder))
         hint = "give an output folder apart from the input"
         if folder := next((folder for folder in read if folder in above), None):
             relation = "is" if folder == out else f"lies in {folder}, which is"
@@ -117,21 +117,9 @@ def _folders(source: Source) -> list[Path]:
     return [folder for folder in (Path(part).expanduser() for part in sources) if folder.is_dir()]
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder at and below a folder, with its files and hidden folders; links are followed once."""
-    seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield root, sorted([*files, *filter(is_hidden, folders)])
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-
-
 def _files(folder: Path) -> Iterator[Path]:
-    return (Path(root, name) for root, names in _walk(folder) for name in names)
+    """Each file and each hidden folder below a folder."""
+    return (Path(root, name) for root, files, hidden in walk(folder) for name in sorted([*files, *hidden]))
 
 
 def write_unused(path: Path, inventories: Iterable[Inventory]) -> int:

@@ -410,8 +410,10 @@ class IsrCLI(LightningCLI):
             for callback in callbacks:
                 if isinstance(callback, ModelCheckpoint):
                     self._place_checkpoints(trainer, callback, config.ckpt_path)
-        if config.get("init_from"):
+        if config.get("init_from") and config.ckpt_path is None:
             callbacks.append(InitFrom(config.init_from))
+        elif config.get("init_from"):
+            print(f"isr: init_from={config.init_from} is left out: the fit resumes ckpt_path={config.ckpt_path}")
 
     def _place_checkpoints(self, trainer: RunTrainer, callback: ModelCheckpoint, resumed: str | Path | None) -> None:
         if callback.dirpath is None and trainer.run_logger not in trainer.loggers:

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 from common import large
 from common.color import adain, wavelet
+from common.files import InUseError, held
 from common.images import bicubic_upsample
 from common.large import TileStore, bicubic_band, plan_bands, upscale_large, write_png_rows, write_tiff_rows
 from common.metrics import to_uint8
@@ -232,6 +233,13 @@ class TestContinuing:
         assert in_one_go[0] == 9
         assert self.restored(tmp_path / "a.png") == (5, in_one_go[1])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "whole.png"]
+
+    def test_no_second_process_restores_into_the_same_target(self, tmp_path: Path) -> None:
+        target = tmp_path / "x.png"
+        with held(tmp_path / "x.png.part"), pytest.raises(InUseError, match=r"x\.png\.part is in use by process"):
+            by_tiles(picture(20, 20), target)
+        by_tiles(picture(20, 20), target)
+        assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
     def test_other_blend_and_colours_keep_the_tiles(self, tmp_path: Path) -> None:
         other = {"blend": "gaussian", "color_fix": "wavelet"}

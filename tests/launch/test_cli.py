@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from PIL import Image
 
 from launch import lightning_cli
-from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, RunInfo
+from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, RunInfo
 from launch.cli import main
 from launch.errors import plain
 from launch.lightning_cli import IsrCLI, SaveConfig
@@ -244,6 +244,14 @@ class TestCallbacks:
         )
         kinds = self.kinds(isr("fit", "-c", DEMO, "-c", first, "-c", second, "--runs", tmp_path, made=NotRun))
         assert {EarlyStopping, ModelSummary, RunInfo, LearningRateMonitor, Checkpoint} <= set(kinds)
+
+    def test_a_resumed_run_does_not_start_again_from_what_it_began_with(
+        self, isr: Any, trained: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        begins = ["fit", "-c", DEMO, "--runs", tmp_path, f"--init_from={trained}"]
+        assert InitFrom in self.kinds(isr(*begins, made=NotRun))
+        assert InitFrom not in self.kinds(isr(*begins, f"--ckpt_path={trained}", made=NotRun))
+        assert f"init_from={trained} is left out: the fit resumes ckpt_path={trained}" in capsys.readouterr().out
 
 
 class TestPredict:
