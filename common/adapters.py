@@ -91,11 +91,16 @@ def add_lora(
 def vae_encoder_targets(vae: nn.Module) -> tuple[str, ...]:
     """What OSEDiff and OMGSR adapt of an `AutoencoderKL`: its encoder's convolutions and attention, and quant_conv.
 
-    By full names: endings would mean the decoder's layers, too. FLUX's VAE has no quant_conv; that target is idle then.
+    FLUX's VAE has no quant_conv; that target is idle then.
     """
+    return (*targets_in(vae, "encoder"), "quant_conv")
+
+
+def targets_in(module: nn.Module, part: str) -> tuple[str, ...]:
+    """`OSEDIFF_TARGETS` in one part of a network, by full names: endings would mean layers of other parts, too."""
     endings = tuple(f".{target}" for target in OSEDIFF_TARGETS)
-    names = (f"encoder.{name}" for name, _ in vae.get_submodule("encoder").named_modules())
-    return (*(name for name in names if name.endswith(endings)), "quant_conv")
+    names = (f"{part}.{name}" for name, _ in module.get_submodule(part).named_modules())
+    return tuple(name for name in names if name.endswith(endings))
 
 
 def adapter_names(module: nn.Module) -> list[str]:

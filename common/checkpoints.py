@@ -7,6 +7,7 @@ torch's sense, but stricter in ours: every trainable key must be there and no un
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -80,8 +81,13 @@ def check_shapes(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         )
 
 
-def read_tensors(path: str | Path) -> Any:
+def read_tensors(path: str | Path, mapped: bool = False) -> Any:
     """Read a file of weights, .safetensors or torch's, without running anything that it holds.
+
+    Args:
+        path: The file.
+        mapped: Leave the tensors of torch's file on the disk until they are looked at. Clone those that are kept: the
+            file may be replaced.
 
     Raises:
         ValueError: It is no such file, or holds more than tensors and plain values.
@@ -89,7 +95,8 @@ def read_tensors(path: str | Path) -> Any:
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mapped and zipfile.is_zipfile(path)  # torch's layout before 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file fails in many ways
         why = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise ValueError(
@@ -98,7 +105,7 @@ def read_tensors(path: str | Path) -> Any:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint's dict with torch's safe loader.
+    """Read a checkpoint's dict with torch's safe loader; its tensors are mapped, see `read_tensors`.
 
     Raises:
         FileNotFoundError: There is no such file; the checkpoints beside it are named.
@@ -110,7 +117,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         beside = ", ".join(sorted(str(p.relative_to(nearest)) for p in nearest.rglob("*.ckpt"))[:5]) or "none"
         raise FileNotFoundError(f"ckpt_path={path}: no such file; checkpoints under {nearest}: {beside}")
     try:
-        checkpoint: dict[str, Any] = read_tensors(path)
+        checkpoint: dict[str, Any] = read_tensors(path, mapped=True)
     except ValueError as error:
         why = f"{type(error.__cause__).__name__}: {error.__cause__}".splitlines()[0][:120]
         raise ValueError(
@@ -133,7 +140,7 @@ def resolved(path: str | Path) -> str:
 
 
 def read_stage(path: str | Path, argument: str, class_path: str) -> dict[str, Any]:
-    """Read an earlier stage's checkpoint.
+    """Read an earlier stage's checkpoint; its tensors are mapped, see `read_tensors`.
 
     Args:
         path: The checkpoint, or the run's folder, of which the newest is taken.

@@ -154,27 +154,27 @@ class RestorationModule(TrainingModule):
             FileExistsError: A file that would be written is there, was not made by a prediction, and is not to be kept.
             ValueError: The output lies in an input, or one file is named for several images.
         """
-        if stage != "predict":
+        if stage != "predict" or self.results_file is None:
             super().check_output(stage)
             return
-        names = self._names_to_predict()
-        if self.results_file is None:
-            super().check_output(stage)
-        elif len(names) == 1:
-            self._check_apart(stage, self.results_file, within=True)
-        else:
+        names = self.names_to_predict()
+        if len(names) != 1:
             raise ValueError(
                 f"output={self.results_file} is one file, and predict has {len(names)} images; give a folder"
             )
-        folder = self.output_folder(stage)
-        targets = [self._target(folder, name) for name in names]
+        self._check_apart(stage, self.results_file, within=True)
+        self.check_predicted(self.output_folder(stage))
+
+    def check_predicted(self, folder: Path) -> None:
+        """As for all stages; with `skip_existing` files that are there are left alone."""
+        targets = self.predicted_files(folder)
         refuse_alike(folder, targets)
         if not self.skip_existing:
             refuse_foreign(targets, "give another output, or --skip_existing true to leave them as they are")
 
-    def _names_to_predict(self) -> list[str]:
-        names = getattr(getattr(self.trainer, "datamodule", None), "names_to_predict", None)
-        return [] if names is None else names()
+    def predicted_files(self, folder: Path) -> list[Path]:
+        """One file an image."""
+        return [self._target(folder, name) for name in self.names_to_predict()]
 
     def _target(self, folder: Path, name: str) -> Path:
         """The file that an image is predicted to."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from common.parameters import is_lora
 
 
 class Stage(NamedTuple):
@@ -41,6 +43,12 @@ def digest(state: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Digest of a network's own parameters in their order, without adapters; the same in float32 and in bfloat16."""
+    own = (value for name, value in network.named_parameters() if not is_lora(name))
+    return digest({f"{place:06}": value.bfloat16() for place, value in enumerate(own)})
 
 
 def place_in_runs(path: str | Path) -> str | None:

@@ -36,7 +36,7 @@ from common.ema import EMA
 from common.guard import Guard, save_batch
 from common.images import write_png
 from common.loggers import file_name, show
-from common.made import begin
+from common.made import begin, refuse_alike, refuse_foreign
 from common.metrics import to_uint8
 from common.parameters import Row, is_lora
 from common.stages import Stage, recorded
@@ -488,14 +488,39 @@ class TrainingModule(LightningModule):
             stage: "fit", "validate", "test" or "predict".
 
         Raises:
+            FileExistsError: See `check_predicted`.
             ValueError: The output folder is, holds or lies in an input.
         """
         folder, in_run = self.output_folder(stage), self.results_dir is None
-        if in_run and not self.trainer.loggers:
-            return
-        self._check_apart(stage, folder, within=stage in ("fit", "validate"))
-        if stage in ("test", "predict"):
-            begin(folder, adopt=in_run and self.trainer.log_dir is not None)  # older runs have no record
+        if not in_run or self.trainer.loggers:
+            self._check_apart(stage, folder, within=stage in ("fit", "validate"))
+            if stage in ("test", "predict"):
+                begin(folder, adopt=in_run and self.trainer.log_dir is not None)  # older runs have no record
+        if stage == "predict":
+            self.check_predicted(folder)
+
+    def check_predicted(self, folder: Path) -> None:
+        """Refuse to predict over files of other making, before anything is loaded.
+
+        Args:
+            folder: Where the prediction writes.
+
+        Raises:
+            FileExistsError: A file that would be written is there and was not made by a prediction.
+            ValueError: Two files would be one.
+        """
+        targets = self.predicted_files(folder)
+        refuse_alike(folder, targets)
+        refuse_foreign(targets)
+
+    def predicted_files(self, folder: Path) -> list[Path]:
+        """The files that a prediction will write into a folder, as far as the data says; default: none."""
+        return []
+
+    def names_to_predict(self) -> list[str]:
+        """Names of the images to predict; none where the data module does not say."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "names_to_predict", None)
+        return [] if names is None else names()
 
     def _dataset_name(self, stage: str, dataloader_idx: int) -> str:
         names = getattr(getattr(self.trainer, "datamodule", None), "dataset_names", {}).get(stage, [])

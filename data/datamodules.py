@@ -89,7 +89,7 @@ class SRData(LightningDataModule):
             these; one named twice is drawn twice as often. Of a folder of pairs, the HQ images are taken and degraded.
         val: One or more sets: folders of pairs (test_LR and test_HR, LR and HR, lq and gt, RealSR's names in one folder
             and other layouts of published sets), two folders as `{lq: A, hq: B}` (optionally `csv`, a table with the
-            columns lq and hq), or good photos that are cut to a grid and degraded.
+            columns lq and hq), or good photos, or windows of them as for train, that are cut to a grid and degraded.
         test: One or more sets: pairs as for val, or folders of low-quality images without references.
         predict: Low-quality images: folder, image, txt list or manifest. Of a folder of pairs, the LQ images are taken.
         scale: Super-resolution factor.

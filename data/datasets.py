@@ -10,8 +10,9 @@ import dataclasses
 import logging
 import os
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,6 +245,20 @@ def resize_by(image: Pixels, factor: float) -> Pixels:
     return np.asarray(cv2.resize(image, (width, height), interpolation=kernel), dtype=np.uint8)
 
 
+def check_window(path: Path, window: Window, size: tuple[int, int], argument: str) -> None:
+    """Refuse a window that reaches beyond its photo.
+
+    Raises:
+        ImageError: It does; the message names the photo and the argument that lists the window.
+    """
+    height, width = size
+    if window.top + window.side > height or window.left + window.side > width:
+        raise ImageError(
+            f"{path} is {width}x{height}, but {argument} has a window of it with top={window.top}, "
+            f"left={window.left}, side={window.side}; put back the photo it was made for, or make it again"
+        )
+
+
 class HQImages(Dataset[Sample]):
     """Random crops of good photos, or of windows of them, with their degraded versions; keys come from StreamSampler.
 
@@ -343,12 +358,7 @@ class HQImages(Dataset[Sample]):
             return self._cached[key]
         photo = read_raster(path)
         if window is not None:
-            height, width = photo.size
-            if window.top + window.side > height or window.left + window.side > width:
-                raise ImageError(
-                    f"{path} is {width}x{height}, but {self.argument} has a window of it with top={window.top}, "
-                    f"left={window.left}, side={window.side}; put back the photo it was made for, or make it again"
-                )
+            check_window(path, window, photo.size, self.argument)
             photo = photo.crop(window.top, window.left, window.side, window.side)
         if factor != 1:
             photo = Raster(resize_by(photo.rgb(), factor))
@@ -649,13 +659,14 @@ class LQImages(Dataset[Sample]):
 
 
 class DegradedCrops(Dataset[Sample]):
-    """A fixed grid of crops of good photos, each degraded under fixed seeds, for validation and test.
+    """A fixed grid of crops of good photos, or of windows of them, each degraded under fixed seeds.
 
     The grid starts at the upper left and leaves out what is over at the right and below. A crop's degradation depends
-    on its name and its seed, so it stays the same when photos are added.
+    on its name and its seed, so it stays the same when photos are added. For validation and test.
 
     Args:
-        paths: Photos by name, or a source as in `data.images.list_images`.
+        paths: Photos by name, or a source as in `data.images.list_entries`. A manifest's row with a window (`top`,
+            `left`, `side`) is that part of its photo, with that row's prompt.
         crop_size: Side of an HQ crop in px, a multiple of the scale.
         seeds: Each crop is there once for each of them.
         degradation: What makes the LQ crop; None is bicubic down-sampling.
@@ -689,19 +700,18 @@ class DegradedCrops(Dataset[Sample]):
             raise ValueError(f"max_crops={max_crops} leaves no crops; set max_crops >= 1 or null")
         self.crop_size, self.degradation, self.scale = crop_size, degradation, scale
         self.source: Source | None = None if isinstance(paths, Mapping) else paths
-        if isinstance(paths, Mapping):
-            self.paths, self.names = list(paths.values()), list(paths)
-            given: list[str | None] = [None] * len(self.paths)
-        else:
-            listed = dict(list_images(paths, argument))
-            self.paths, given = list(listed), list(listed.values())
-            self.names = unique_names(self.paths)
-        self.texts = Texts(given, self.names, prompts)
+        self.argument = argument
+        self._list(paths, prompts)
         self._broken: dict[Path, str] = {}
+        windows_of: dict[Path, list[Window | None]] = defaultdict(list)
+        for path, window in zip(self.paths, self.windows, strict=True):
+            windows_of[path].append(window)
+        sizes = {path: self._size(path, windows, on_error) for path, windows in windows_of.items()}
         grid = [
             (photo, row, column, seed)
-            for photo, path in enumerate(self.paths)
-            for row, column in self._grid(path, on_error)
+            for photo, (path, window) in enumerate(zip(self.paths, self.windows, strict=True))
+            if path not in self._broken
+            for row, column in self._grid(*(sizes[path] if window is None else (window.side, window.side)))
             for seed in seeds
         ]
         if self.skipped:
@@ -710,22 +720,50 @@ class DegradedCrops(Dataset[Sample]):
             raise ValueError(f"{argument}: no photo holds a crop of crop_size={crop_size}; set a smaller crop_size")
         keep = len(grid) if max_crops is None else min(max_crops, len(grid))
         self._grid_places = [grid[i * len(grid) // keep] for i in range(keep)]
-        self._last: tuple[int, Raster] | None = None  # crops come photo by photo
+        self._last: tuple[Path, Raster] | None = None  # crops come photo by photo
 
-    def _grid(self, path: Path, on_error: OnError) -> list[tuple[int, int]]:
+    def _list(self, paths: Mapping[str, Path] | Source, prompts: GivenPrompts) -> None:
+        """Paths, windows, names and texts of what is cut."""
+        self.windows: list[Window | None]
+        if isinstance(paths, Mapping):
+            self.paths, self.names, self.windows = list(paths.values()), list(paths), [None] * len(paths)
+            self.texts = Texts([None] * len(self.paths), self.names, prompts)
+            return
+        listed = {(entry.path, entry.window): entry.prompt for entry in list_entries(paths, self.argument)}
+        self.paths, self.windows = [path for path, _ in listed], [window for _, window in listed]
+        smallest = min((window.side for window in self.windows if window), default=self.crop_size)
+        if smallest < self.crop_size:
+            raise ValueError(
+                f"crop_size={self.crop_size} does not fit into the windows of {self.argument}={paths}, the smallest of "
+                f"which has side {smallest}; set it to {max(1, smallest // self.scale) * self.scale} or less"
+            )
+        distinct = list(dict.fromkeys(self.paths))
+        name_of = dict(zip(distinct, unique_names(distinct), strict=True))
+        photos = [name_of[path] for path in self.paths]
+        self.names = ["_".join(map(str, (photo, *(at or ())))) for photo, at in zip(photos, self.windows, strict=True)]
+        self.texts = Texts(list(listed.values()), photos, prompts)
+
+    def _size(self, path: Path, windows: Sequence[Window | None], on_error: OnError) -> tuple[int, int]:
+        """Height and width of a photo that holds these windows of it, or a crop; (0, 0) for one that is left out."""
         try:
             height, width = image_size(path) if on_error == "raise" else read_image(path).shape[:2]
-            if min(height, width) < self.crop_size:
-                raise ImageError(
-                    f"{path} is {width}x{height}, smaller than crop_size={self.crop_size}; "
-                    "set a smaller crop_size or take the photo out of the set"
-                )
+            for window in windows:
+                if window is not None:
+                    check_window(path, window, (height, width), self.argument)
+                elif min(height, width) < self.crop_size:
+                    raise ImageError(
+                        f"{path} is {width}x{height}, smaller than crop_size={self.crop_size}; "
+                        "set a smaller crop_size or take the photo out of the set"
+                    )
         except ImageError as error:
             if on_error == "raise":
                 raise
             self._broken[path] = str(error)
-            return []
-        return [(row, column) for row in range(height // self.crop_size) for column in range(width // self.crop_size)]
+            return 0, 0
+        return height, width
+
+    def _grid(self, height: int, width: int) -> Iterator[tuple[int, int]]:
+        return product(range(height // self.crop_size), range(width // self.crop_size))
 
     @property
     def skipped(self) -> list[str]:
@@ -734,8 +772,10 @@ class DegradedCrops(Dataset[Sample]):
 
     def inventory(self, argument: str) -> Inventory:
         """What the source holds: photos, cut to crops."""
-        used = [path for path in self.paths if path not in self._broken]
-        layout = f"photos cut to {len(self)} crops of {self.crop_size} px"
+        places = [place for place in zip(self.paths, self.windows, strict=True) if place[0] not in self._broken]
+        used = list(dict.fromkeys(path for path, _ in places))
+        windows = sum(window is not None for _, window in places)
+        layout = f"photos{f', {windows} windows,' if windows else ''} cut to {len(self)} crops of {self.crop_size} px"
         if self.source is None:
             return Inventory(argument, None, len(used), layout)
         unused = unused_files(self.source, [*used, *self.texts.files], self._broken, "not used")
@@ -754,10 +794,11 @@ class DegradedCrops(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         photo, row, column, seed = self._grid_places[index]
-        if self._last is None or self._last[0] != photo:
-            self._last = photo, read_raster(self.paths[photo])
-        size = self.crop_size
-        hq = np.ascontiguousarray(self._last[1].crop(row * size, column * size, size, size).rgb())
+        path, window, size = self.paths[photo], self.windows[photo], self.crop_size
+        if self._last is None or self._last[0] != path:
+            self._last = path, read_raster(path)
+        top, left = (window.top, window.left) if window is not None else (0, 0)
+        hq = np.ascontiguousarray(self._last[1].crop(top + row * size, left + column * size, size, size).rgb())
         crop = self._crop_name(photo, row, column)
         lq = degrade(hq, self.degradation, self.scale, sample_rng(seed, 0, zlib.crc32(crop.encode())))
         return {

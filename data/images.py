@@ -312,7 +312,7 @@ def list_images(source: Source, argument: str = "source") -> list[tuple[Path, st
     windows = sum(entry.window is not None for entry in entries)
     if windows:
         raise ValueError(
-            f"{argument}={source} lists {windows} windows of photos (columns top, left, side), which only training "
-            f"takes; give {argument} whole images"
+            f"{argument}={source} lists {windows} windows of photos (columns top, left, side), which only training and "
+            f"validation take; give {argument} whole images"
         )
     return [(entry.path, entry.prompt) for entry in entries]

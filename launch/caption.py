@@ -109,7 +109,7 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
         default="<MORE_DETAILED_CAPTION>",
         help="what the model is asked (default: %(default)s, a paragraph that about fills the 77 tokens of CLIP's text "
         "encoders; Florence-2's <CAPTION> is one short sentence, made several times as fast, which leaves most of what "
-        "a patch shows unsaid)",
+        "a patch shows unsaid; chat models need a question)",
     )
     parser.add_argument("--patch", type=int, help="side of a patch, px of the photo (default: 512)")
     parser.add_argument(

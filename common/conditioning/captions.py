@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,12 @@ from common.autoencoder import no_autocast
 from common.metrics import to_uint8
 from common.pretrained import DTYPES, HUB_ID, WeightsNotFoundError, ask_hub
 
+FLORENCE_TASK, FLORENCE_TOKENS = "<MORE_DETAILED_CAPTION>", 77
+"""Default instruction and caption length of Florence-2, those of `isr caption`: CLIP's text encoders read 77 tokens."""
+INSTRUCTION, TOKENS = "Describe this image in one sentence.", 64
+"""Default instruction and caption length of all other models."""
+
+_TASK = re.compile(r"<[A-Z_]+>")
 _CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHTS = ("model.safetensors", "model-*.safetensors")
 _CACHED_WEIGHTS = (*_WEIGHTS, "pytorch_model*.bin")
@@ -24,9 +31,11 @@ class Captioner:
     Args:
         model: Hub id, from the Hugging Face cache or else downloaded into it, or folder of a model that transformers
             knows as image-text-to-text: LLaVA-OneVision, BLIP, Florence-2 and others.
-        instruction: What chat models are asked. Florence-2 takes its tasks, such as `<CAPTION>`. A model with neither
-            chat template nor tasks, such as BLIP, sees the image alone.
-        max_new_tokens: A caption is cut after so many tokens.
+        instruction: Question for a chat model, or one of Florence-2's tasks, such as `<CAPTION>`. null takes
+            `FLORENCE_TASK` for Florence-2, as captions for training do, and `INSTRUCTION` for chat models. A model with
+            neither chat template nor tasks, such as BLIP, sees the image alone.
+        max_new_tokens: A caption is cut after so many tokens; null takes `FLORENCE_TOKENS` for Florence-2, else
+            `TOKENS`.
         dtype: Of the weights, whatever the file holds: `float32`, `bfloat16`, or `auto` for bfloat16 on an accelerator,
             where 8 billion parameters then take 16 GB, and float32 on a CPU.
 
@@ -37,11 +46,11 @@ class Captioner:
     def __init__(
         self,
         model: str,
-        instruction: str = "Describe this image in one sentence.",
-        max_new_tokens: int = 64,
+        instruction: str | None = None,
+        max_new_tokens: int | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     ) -> None:
-        if max_new_tokens < 1:
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} is out of range; give 1 or more")
         if dtype != "auto" and dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
@@ -76,7 +85,7 @@ class Captioner:
             B captions, without the instruction, special tokens and surrounding blanks.
 
         Raises:
-            ValueError: `x_01` is no batch of images, or `model` is none that can caption.
+            ValueError: `x_01` is no batch of images, `model` is none that can caption, or `instruction` is none for it.
             WeightsNotFoundError: The model is not there and cannot be fetched.
         """
         if x_01.ndim != 4:
@@ -90,22 +99,34 @@ class Captioner:
             self._loaded = self._load()
         processor, model = self._loaded
         inputs = self._inputs(processor, images).to(self._device, self._torch_dtype())  # token ids stay integers
+        longest = self.max_new_tokens or (FLORENCE_TOKENS if _tasks(processor) else TOKENS)
         with no_autocast(self._device):
-            tokens = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+            tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         if "input_ids" in inputs and not model.config.is_encoder_decoder:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]  # a decoder alone repeats what it was given
         return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def _inputs(self, processor: Any, images: list[Any]) -> Any:
         """What the model takes; images of one size give prompts of one length, so nothing is padded."""
+        tasks = _tasks(processor)
         if getattr(processor, "chat_template", None):
-            text = {"type": "text", "text": self.instruction}
+            if self.instruction is not None and _TASK.fullmatch(self.instruction):
+                raise ValueError(
+                    f"instruction={self.instruction} is a task of Florence-2, and model='{self.model}' is a chat "
+                    f'model; give a question, such as "{INSTRUCTION}"'
+                )
+            text = {"type": "text", "text": self.instruction or INSTRUCTION}
             chats = [[{"role": "user", "content": [{"type": "image", "image": image}, text]}] for image in images]
             return processor.apply_chat_template(
                 chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-        if hasattr(processor, "task_prompts_without_inputs"):  # Florence-2's
-            return processor(images=images, text=[self.instruction] * len(images), return_tensors="pt")
+        if tasks:
+            instruction = self.instruction or FLORENCE_TASK
+            if not any(task in instruction for task in tasks):
+                raise ValueError(
+                    f"instruction={instruction} is no task of model='{self.model}'; give one of {', '.join(tasks)}"
+                )
+            return processor(images=images, text=[instruction] * len(images), return_tensors="pt")
         return processor(images=images, return_tensors="pt")
 
     def _load(self) -> tuple[Any, Any]:
@@ -157,6 +178,12 @@ class Captioner:
                 f"model='{self.model}': not in the Hugging Face cache {huggingface_hub.constants.HF_HUB_CACHE}, and "
                 f"{reason}. Fetch it with `hf download {self.model}`, or give a folder."
             ) from error
+
+
+def _tasks(processor: Any) -> list[str]:
+    """The tasks that Florence-2's processor knows; none of other models."""
+    kinds = ("task_prompts_without_inputs", "task_prompts_with_input")
+    return [task for kind in kinds for task in getattr(processor, kind, ())]
 
 
 def _one_line(error: Exception) -> str:

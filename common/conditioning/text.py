@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from common.autoencoder import no_autocast
 from common.parameters import Row, count
 from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
+from common.stages import fingerprint
 
 _CACHE_SIZE = 4096  # prompts; 77 x 1024 floats take 0.3 MB each
 _cache: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
@@ -54,6 +55,11 @@ def encode_prompts(
     while len(_cache) > _CACHE_SIZE:
         _cache.popitem(last=False)
     return torch.stack([found[prompt] for prompt in prompts]).to(device)
+
+
+def text_fingerprint(pretrained: str) -> str:
+    """Digest of a text encoder's weights; it is loaded if it is not kept."""
+    return fingerprint((_kept.get(pretrained) or load_text_encoder(pretrained))[1])
 
 
 def text_encoder_row(pretrained: str) -> Row:

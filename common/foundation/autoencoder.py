@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.foundation.guarded import GuardedModule
 from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
 from common.pretrained import load_vae
@@ -38,7 +38,7 @@ def reconstruction_loss(x_hat: Tensor, x: Tensor, pooled_weight: float) -> Tenso
     return fine + pooled_weight * (2 * pooled.abs().mean() + 4 * pooled.square().mean())
 
 
-class TinyAutoencoder(LightningModule):
+class TinyAutoencoder(GuardedModule):
     """Train a small `AutoencoderKL` and save it as a diffusers folder.
 
     Args:
@@ -133,10 +133,6 @@ class TinyAutoencoder(LightningModule):
         parameters = [p for p in self.vae.parameters() if p.requires_grad]
         optimizer = muon_or_adamw(self.optimizer, parameters, self.lr)
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
-
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient's norm."""
-        self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
 
     @torch.no_grad()
     def save_foundation(self, folder: str, batches: Any) -> None:

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel
 
 from common.autoencoder import ImageCodec
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
+from common.foundation.guarded import GuardedModule
 from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
 from common.images import to_pm1
@@ -33,7 +33,7 @@ SCHEDULE: dict[str, Any] = {  # Stable Diffusion's
 }
 
 
-class TinyDenoiser(LightningModule):
+class TinyDenoiser(GuardedModule):
     """Train a small `UNet2DConditionModel` with its text encoder in the latent space of the tiny VAE.
 
     Args:
@@ -143,10 +143,6 @@ class TinyDenoiser(LightningModule):
         """Constant, then annealed."""
         optimizer = muon_or_adamw(self.optimizer, self.networks.parameters(), self.lr)
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
-
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient's norm."""
-        self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
 
     def save_foundation(self, folder: str | Path) -> None:
         """Write U-Net, text encoder, tokenizer and scheduler in diffusers' layout, in fp16."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import FluxTransformer2DModel
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
@@ -21,6 +20,7 @@ from common.conditioning.flux_text import CLIP, clip_pooled, t5_tokens
 from common.denoisers.flux import FluxDenoiser, FluxText
 from common.diffusion import flow_noise
 from common.draws import Draws
+from common.foundation.guarded import GuardedModule
 from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
 from common.images import to_pm1
@@ -30,7 +30,7 @@ HEAD_WIDTH = 32
 POSITION_WIDTHS = (4, 14, 14)  # of a head, turned by image, row and column; FLUX: 16, 56, 56 of 128
 
 
-class TinyFlow(LightningModule):
+class TinyFlow(GuardedModule):
     """Train a small `FluxTransformer2DModel` with its T5 encoder; VAE and CLIP text encoder are there and frozen.
 
     Most steps see the crops' quarters, which is cheaper and mixes more times and noises into a batch; the others teach
@@ -157,10 +157,6 @@ class TinyFlow(LightningModule):
         """Constant, then annealed."""
         optimizer = muon_or_adamw(self.optimizer, self.networks.parameters(), self.lr)
         return anneal(optimizer, int(self.trainer.estimated_stepping_batches), tail=self.tail)
-
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient's norm."""
-        self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
 
     def save_foundation(self, folder: str | Path) -> None:
         """Write transformer, T5 encoder and its tokenizer in FLUX's layout, in fp16."""

@@ -248,10 +248,14 @@ class TimestepEstimation(TrainingModule):
 
     def on_predict_epoch_end(self) -> None:
         """Write timesteps.csv, then take the averages out."""
-        rows, folder = self._gathered_rows(), self.results_dir or self._results() / "predict"
+        rows, (path,) = self._gathered_rows(), self.predicted_files(self.output_folder("predict"))
         if self.trainer.is_global_zero:
-            write_rows(folder / "timesteps.csv", rows)
+            write_rows(path, rows)
         super().on_predict_epoch_end()
+
+    def predicted_files(self, folder: Path) -> list[Path]:
+        """The table of all images."""
+        return [folder / "timesteps.csv"]
 
 
 def _one_minus_ssim(x_01: Tensor, y_01: Tensor) -> Tensor:
@@ -276,7 +280,7 @@ def read_estimator(path: str) -> Stage:
     """
     checkpoint = read_stage(path, "estimator", "papers.dm_sr.TimestepEstimation")
     state = {
-        name.removeprefix("estimator."): value
+        name.removeprefix("estimator."): value.clone()  # of a mapped file
         for name, value in trained_state(checkpoint).items()
         if name.startswith("estimator.")
     }

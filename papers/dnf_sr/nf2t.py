@@ -241,7 +241,7 @@ class NF2T(FlowRestorer):
             if _is_name(before) and _is_name(here):
                 raise ValueError(f"{said}; set model.pretrained={before}, or to a folder with those weights")
             log.warning("%s: see to it that both hold the same weights, which their names do not tell", said)
-        state = {key: value for key, value in trained_state(checkpoint).items() if "lora_" in key}
+        state = {key: value.clone() for key, value in trained_state(checkpoint).items() if "lora_" in key}  # mapped
         kept, v_ref = _adapter_of(state, "codec.vae."), digest(_adapter_of(state, "flow.transformer."))
         self.stages["sft"] = Stage(resolved(self.sft), digest(state), kept, {"v_ref": v_ref})
         return state

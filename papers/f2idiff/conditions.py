@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from common.conditioning.captions import Captioner
 from common.conditioning.features import DinoFeatures, Tokens
-from common.conditioning.text import encode_prompts
+from common.conditioning.text import encode_prompts, text_fingerprint
+from common.stages import fingerprint
 
 Kind = Literal["features", "text"]
 Null = Literal["zeros", "learned"]
@@ -38,6 +39,14 @@ class FeatureCondition(nn.Module):
         """The null condition, of the shape of `c`."""
         return DinoFeatures.null_features(c) if self.null_token is None else self.null_token.expand_as(c)
 
+    def negative(self, c: Tensor) -> Tensor:
+        """What guidance leads away from: the null condition."""
+        return self.null(c)
+
+    def digest(self) -> str:
+        """Of the weights that make the condition."""
+        return fingerprint(self.features)
+
 
 class TextCondition(nn.Module):
     """Embeddings of prompts by a frozen text encoder.
@@ -46,12 +55,13 @@ class TextCondition(nn.Module):
         pretrained: Where tokenizer and text encoder come from, see `common.pretrained`.
         width: What the U-Net's cross-attention takes.
         captioner: Image-to-text model that writes the prompts where none are given, see `Captioner`.
+        negative_prompt: What guidance leads away from.
 
     Raises:
         ValueError: The embeddings have another width.
     """
 
-    def __init__(self, pretrained: str, width: int, captioner: str | None = None) -> None:
+    def __init__(self, pretrained: str, width: int, captioner: str | None = None, negative_prompt: str = "") -> None:
         super().__init__()
         found = encode_prompts(pretrained, [""], keep=True).shape[-1]
         if found != width:
@@ -59,7 +69,7 @@ class TextCondition(nn.Module):
                 f"text_encoder={pretrained} makes embeddings {found} wide, the U-Net's cross-attention takes {width}; "
                 "give the text encoder that the U-Net was trained with"
             )
-        self.pretrained = pretrained
+        self.pretrained, self.negative_prompt = pretrained, negative_prompt
         self.captioner = Captioner(captioner) if captioner is not None else None
 
     def forward(self, x_01: Tensor, prompts: list[str]) -> Tensor:
@@ -70,6 +80,14 @@ class TextCondition(nn.Module):
     def null(self, c: Tensor) -> Tensor:
         """The empty prompt, of the shape of `c`."""
         return encode_prompts(self.pretrained, [""], c.device, keep=True).expand_as(c)
+
+    def negative(self, c: Tensor) -> Tensor:
+        """What guidance leads away from: the negative prompt, of the shape of `c`."""
+        return encode_prompts(self.pretrained, [self.negative_prompt], c.device, keep=True).expand_as(c)
+
+    def digest(self) -> str:
+        """Of the weights that make the condition."""
+        return text_fingerprint(self.pretrained)
 
 
 Condition = FeatureCondition | TextCondition

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,9 +26,12 @@ from common.images import to_01, to_pm1, write_png
 from common.metrics import to_uint8
 from common.parameters import Row
 from common.pretrained import load_schedule_config, load_unet, load_vae
+from common.stages import digest, fingerprint
 from common.training import Batch, TrainingModule
 from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, Null, TextCondition, drop
 from papers.f2idiff.sampling import sample
+
+log = logging.getLogger(__name__)
 
 VAL_TIMESTEPS = (100, 250, 500, 800)
 """Noise levels at which validation looks at the denoising loss."""
@@ -94,6 +100,7 @@ class Foundation(TrainingModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.samples, self.sample_steps, self.guidance = samples, sample_steps, guidance
         self.denoiser: UNetDenoiser | None = None
+        self._frozen: dict[str, str] = {}  # made for the first checkpoint
         self._examples: list[tuple[Tensor, list[str]]] = []  # of validation, to draw samples by
 
     # Networks
@@ -169,6 +176,13 @@ class Foundation(TrainingModule):
             update(loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add digests of the frozen networks, which stage B must have, too."""
+        super().on_save_checkpoint(checkpoint)
+        assert self.denoiser is not None
+        self._frozen = self._frozen or frozen_digests(self.codec, self.denoiser.schedule, self.condition)
+        checkpoint["frozen"] = self._frozen
+
     # Validation: the loss at fixed noise levels, and samples
 
     def _losses(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
@@ -207,9 +221,16 @@ class Foundation(TrainingModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Draw an image from the condition of each image of a batch (its features, or its prompt), as PNG."""
         images = self.draw(self._cut(batch["lq"]), batch["prompt"], self.guidance)
-        folder = self.results_dir or self._results() / "predict"
-        for name, image in zip(batch["name"], images, strict=True):
-            write_png(inside(folder, f"{name}.png"), _pixels(image))
+        for path, image in zip(self._files(self.output_folder("predict"), batch["name"]), images, strict=True):
+            write_png(path, _pixels(image))
+
+    def predicted_files(self, folder: Path) -> list[Path]:
+        """One PNG an image."""
+        return self._files(folder, self.names_to_predict())
+
+    @staticmethod
+    def _files(folder: Path, names: list[str]) -> list[Path]:
+        return [inside(folder, f"{name}.png") for name in names]
 
     @torch.no_grad()
     def draw(self, x_01: Tensor, prompts: list[str], guidance: float) -> Tensor:
@@ -265,32 +286,76 @@ class Opened(NamedTuple):
     null_token: Tensor | None
     """The learned null condition, (1,1,D); None where it is zeros or the empty prompt."""
     state: dict[str, Tensor]
-    """Stage A's weights by their names in its checkpoint; empty where there is no stage A."""
+    """Stage A's weights by their names in its checkpoint, mapped from it; empty where there is no stage A."""
+    frozen: Mapping[str, str] = MappingProxyType({})
+    """Digests of stage A's frozen networks, see `frozen_digests`."""
 
 
-def open_foundation(path: str, condition: Kind) -> Opened:
-    """The U-Net of a stage-A checkpoint, frozen: averaged weights where it has them.
+def frozen_digests(codec: ImageCodec, schedule: NoiseSchedule, condition: Condition) -> dict[str, str]:
+    """Digests of what both stages stand on, by the setting that names it and its name."""
+    colours = torch.stack([torch.zeros(codec.latent_channels, 1, 1), torch.ones(codec.latent_channels, 1, 1)]).cpu()
+    told = "features: DINOv2" if isinstance(condition, FeatureCondition) else "text_encoder: text encoder"
+    return {
+        "pretrained: VAE": fingerprint(codec.vae),
+        "pretrained: latent scaling": digest({"z": codec.scaling.scale(colours).bfloat16()}),
+        "pretrained: noise schedule": digest({"alpha_bar": schedule.alpha_bar.float()}),
+        told: condition.digest(),
+    }
+
+
+def open_foundation(path: str, condition: Kind, **settings: Any) -> Opened:
+    """The U-Net of a stage-A checkpoint, frozen: averaged weights where it has them. The file is read once.
 
     Args:
         path: Checkpoint of `Foundation`, or its run, whose newest checkpoint is taken.
         condition: What stage B will tell it.
+        settings: Stage B's settings that must be stage A's, by their names.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is another stage's, was trained on the other condition, or does not fit.
+        ValueError: It is another stage's, was trained on the other condition or with other settings, or does not fit.
     """
     checkpoint = read_stage(path, "foundation", "papers.f2idiff.Foundation")
-    settings = checkpoint["hyper_parameters"]
-    trained_on = settings.get("condition", "features")
+    trained = checkpoint["hyper_parameters"]
+    trained_on = trained.get("condition", "features")
     if trained_on != condition:
         raise ValueError(f"foundation={path} was trained on {trained_on}; set model.condition={trained_on}")
-    unet = load_unet(f"random:{settings.get('architecture', 'f2idiff')}")
+    for key, here in settings.items():
+        if trained.get(key, here) != here:
+            before, here = ("null" if value is None else value for value in (trained[key], here))
+            raise ValueError(
+                f"foundation={path} was trained with {key}={before}, here is {key}={here}; set model.{key}={before}, "
+                "or train a stage A of its own for it"
+            )
+    unet = load_unet(f"random:{trained.get('architecture', 'f2idiff')}")
     state = trained_state(checkpoint)
     prefix = "denoiser.unet."
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     check_keys(set(unet.state_dict()), set(weights), f"foundation={path}")
     check_shapes(unet, weights, f"foundation={path}")
     unet.load_state_dict(weights)
-    return Opened(
-        unet, state.get("condition.null_token"), {name: value for name, value in state.items() if "." in name}
-    )
+    named = {name: value for name, value in state.items() if "." in name}
+    return Opened(unet, state.get("condition.null_token"), named, checkpoint.get("frozen", {}))
+
+
+def check_frozen(opened: Opened, here: Mapping[str, str], path: str, given: Mapping[str, str]) -> None:
+    """Refuse a foundation that was trained with other frozen networks than stage B has.
+
+    Args:
+        opened: The foundation.
+        here: Digests of stage B's networks.
+        path: Where the foundation comes from.
+        given: Stage B's settings that name networks.
+
+    Raises:
+        ValueError: A network differs.
+    """
+    if not opened.frozen:
+        log.warning("foundation=%s has no digests of its frozen networks, so these are not compared", path)
+    for part, value in here.items():
+        argument, name = part.split(": ")
+        if opened.frozen.get(part, value) != value:
+            raise ValueError(
+                f"foundation={path} was trained with another {name} than {argument}={given[argument]} has; set "
+                f"model.{argument} as in stage A (config.yaml beside its checkpoints)"
+            )

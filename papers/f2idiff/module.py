@@ -6,15 +6,17 @@ T2IDiff-SR, and on a public prior OSEDiff itself (arXiv:2406.08177).
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.adapters import OSEDIFF_TARGETS, add_lora, vae_encoder_targets, without_adapters
+from common.adapters import OSEDIFF_TARGETS, add_lora, targets_in, vae_encoder_targets, without_adapters
 from common.autoencoder import ImageCodec
 from common.checkpoints import resolved
 from common.conditioning.features import Tokens
@@ -35,7 +37,7 @@ from common.restoration import Inference, RestorationModule
 from common.stages import Stage, digest
 from common.training import Batch
 from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, TextCondition, drop
-from papers.f2idiff.foundation import Opened, open_foundation
+from papers.f2idiff.foundation import Opened, check_frozen, frozen_digests, open_foundation
 
 UPSAMPLING = ("nearest", "bilinear", "bicubic")
 """What `train_upsample: random` draws from; OpenCV's area enlarges as nearest does."""
@@ -60,7 +62,8 @@ class F2IDiffSR(RestorationModule):
         text_encoder: Where the text encoder comes from; null for `pretrained`.
         condition_dropout: Share of training samples that see the null condition.
         captioner: Image-to-text model (hub id or folder) that writes each tile's text at test time in the place of the
-            data's prompts.
+            data's prompts; Florence-2 as `isr caption` has it write the training captions.
+        negative_prompt: Text that the teacher's guidance leads away from, with `condition: text`; empty as in SD.
         timestep: T, at which the low-quality latent is taken for a noisy one.
         lora_rank: Of all adapters.
         lora_alpha: Likewise; the scale is alpha / rank.
@@ -75,6 +78,8 @@ class F2IDiffSR(RestorationModule):
         cfg_vsd: Guidance of the teacher; 1 saves one of its two calls.
         vsd_timesteps: First and last timestep of the VSD loss.
         lambda_diff: Weight of the regulariser's loss.
+        reg_targets: Layers of the regulariser's U-Net that are adapted: `all` of the generator's kinds, or those of the
+            `mid_block` alone, which are all that OSEDiff's code in effect trains.
         optimizer: The generator's.
         reg_optimizer: The regulariser's.
         lr_scheduler: The generator's, stepped once an update.
@@ -112,6 +117,7 @@ class F2IDiffSR(RestorationModule):
         text_encoder: str | None = None,
         condition_dropout: float = 0.0,
         captioner: str | None = None,
+        negative_prompt: str = "",
         timestep: int = 999,
         lora_rank: int = 4,
         lora_alpha: float = 8,
@@ -126,6 +132,7 @@ class F2IDiffSR(RestorationModule):
         cfg_vsd: float = 7.5,
         vsd_timesteps: tuple[int, int] = (20, 979),
         lambda_diff: float = 1.0,
+        reg_targets: Literal["all", "mid_block"] = "all",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         reg_optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -139,11 +146,16 @@ class F2IDiffSR(RestorationModule):
     ) -> None:
         super().__init__(scale, inference, seed, ema_decay, clip, accumulate)
         self.save_hyperparameters()
+        if negative_prompt and condition != "text":
+            raise ValueError(
+                f"negative_prompt={negative_prompt} is a text, which condition={condition} has no use for; leave it out"
+            )
         self.pretrained, self.foundation, self.unet_subfolder = pretrained, foundation, unet
         self.architecture, self.kind = architecture, condition
         self.features, self.feature_tokens, self.feature_size = features, feature_tokens, feature_size
         self.feature_source, self.text_encoder = feature_source, text_encoder or pretrained
         self.condition_dropout, self.captioner, self.timestep = condition_dropout, captioner, timestep
+        self.negative_prompt, self.reg_targets = negative_prompt, reg_targets
         self.lora_rank, self.lora_alpha, self.train_conv_in = lora_rank, lora_alpha, train_conv_in
         self.train_upsample = train_upsample
         self.lambda_mse, self.lambda_perceptual = lambda_mse, lambda_perceptual
@@ -155,6 +167,7 @@ class F2IDiffSR(RestorationModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.generator: UNetDenoiser | None = None
         self.prior: UNetDenoiser | None = None
+        self._spare: list[UNet2DConditionModel] = []  # the U-Net once more, for the prior: its file is read once
         self.image_loss: ImageLoss | None = None
 
     # Networks
@@ -176,11 +189,16 @@ class F2IDiffSR(RestorationModule):
         if opened.state:  # too large for this stage's checkpoint, which keeps the digest
             self.stages["foundation"] = Stage(resolved(str(self.foundation)), digest(opened.state), {}, {})
         unet = opened.unet
+        self._spare = [copy.deepcopy(unet)] if self.lambda_vsd and self.builds_training() else []
         add_lora(unet, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed)
         unet.conv_in.base_layer.requires_grad_(self.train_conv_in)
         self.size_multiple = max(1, self.codec.downscale * 2 ** (len(unet.config.block_out_channels) - 1) // self.scale)
         self.generator = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
         self._configure_condition(opened.null_token, unet.config.cross_attention_dim)
+        if opened.state:
+            here = frozen_digests(self.codec, schedule, self.condition)
+            names = {"pretrained": self.pretrained, "features": self.features, "text_encoder": self.text_encoder}
+            check_frozen(opened, here, str(self.foundation), names)
 
     def configure_training(self) -> None:
         """Prior and perceptual loss."""
@@ -188,8 +206,9 @@ class F2IDiffSR(RestorationModule):
         if self.lambda_vsd:
             # teacher and regulariser are one base: the adapter off and on. The generator's own conv_in is trained, so
             # its base is another
-            base = self._open_unet().unet
-            add_lora(base, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed + 1)
+            base = self._spare.pop() if self._spare else self._open_unet().unet
+            targets = OSEDIFF_TARGETS if self.reg_targets == "all" else targets_in(base, self.reg_targets)
+            add_lora(base, self.lora_rank, self.lora_alpha, targets, seed=self.seed + 1)
             self.prior = UNetDenoiser(base, self.generator.schedule, self.gradient_checkpointing)
         if self.perceptual != "none":
             weights = "random" if is_architecture_only() else self.perceptual_weights
@@ -200,12 +219,13 @@ class F2IDiffSR(RestorationModule):
             return Opened(load_unet(self.pretrained, self.unet_subfolder), None, {})
         if is_architecture_only():
             return Opened(load_unet(f"random:{self.architecture}"), None, {})
-        return open_foundation(self.foundation, self.kind)
+        told = {} if self.kind == "text" else {"feature_tokens": self.feature_tokens, "feature_size": self.feature_size}
+        return open_foundation(self.foundation, self.kind, **told)
 
     def _configure_condition(self, null_token: Tensor | None, width: int) -> None:
         self.condition: Condition
         if self.kind == "text":
-            self.condition = TextCondition(self.text_encoder, width, self.captioner)
+            self.condition = TextCondition(self.text_encoder, width, self.captioner, self.negative_prompt)
             return
         null: Literal["zeros", "learned"] = "zeros" if null_token is None else "learned"
         self.condition = FeatureCondition(self.features, self.feature_tokens, self.feature_size, null)
@@ -330,7 +350,7 @@ class F2IDiffSR(RestorationModule):
         t = draws.integers("vsd/t", *self.vsd_timesteps)
         noise = draws.normal("vsd/noise", z_hat.shape[1:])
         schedule = self.prior.schedule
-        null = partial(self._teacher, c=self.condition.null(c)) if self.cfg_vsd != 1 else None
+        null = partial(self._teacher, c=self.condition.negative(c)) if self.cfg_vsd != 1 else None
         teacher, student = partial(self._teacher, c=c), partial(self._regulariser, c=c)
         g = vsd_gradient(teacher, null, student, z_hat, noise, t, schedule, self.cfg_vsd)
         self.log("train/vsd_gradient", g.abs().mean())

@@ -33,6 +33,7 @@ from transformers import (
 from common.conditioning import captions as module
 from common.conditioning.captions import Captioner
 from common.pretrained import WeightsNotFoundError
+from launch.caption import _parse
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<image>", "<video>"]
 PROMPT = ["user", ":", "what", "is", "this", "assistant", ":"]
@@ -113,6 +114,38 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
         chat_template=TEMPLATE,
     )
     return save(tmp_path_factory.mktemp("llava"), LlavaOnevisionForConditionalGeneration(config), processor, seed=5)
+
+
+def florence(instruction: str | None = None) -> tuple[Captioner, dict[str, Any]]:
+    """A captioner on what looks like Florence-2, and what it is asked once it is called."""
+    asked: dict[str, Any] = {}
+
+    class Inputs(dict[str, Tensor]):
+        def to(self, device: torch.device, dtype: torch.dtype) -> "Inputs":
+            return self
+
+    class Processor:
+        task_prompts_without_inputs: ClassVar = {"<CAPTION>": "What is there?", "<MORE_DETAILED_CAPTION>": "All of it?"}
+        task_prompts_with_input: ClassVar = {"<OCR_IN>": "Text in {input}?"}
+
+        def __call__(self, images: list[Any], text: list[str], return_tensors: str) -> Inputs:
+            asked["text"] = text
+            return Inputs(input_ids=torch.zeros(len(images), 9, dtype=torch.long))
+
+        def batch_decode(self, tokens: Tensor, skip_special_tokens: bool) -> list[str]:
+            return [str(row.tolist()) for row in tokens]
+
+    class Model:
+        class config:  # noqa: N801 - as transformers calls it
+            is_encoder_decoder = True
+
+        def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+            asked["max_new_tokens"] = max_new_tokens
+            return torch.full((len(input_ids), 2), 7)
+
+    captioner = Captioner("florence", instruction)
+    captioner._loaded = (Processor(), Model())
+    return captioner, asked
 
 
 @pytest.fixture
@@ -211,30 +244,39 @@ class TestCaptions:
         assert Captioner(llava, max_new_tokens=1)(images[:1]) == ["a cat"]
 
     def test_a_florence_like_model_gets_the_instruction_as_its_task_and_is_not_cut(self, images: Tensor) -> None:
-        class Inputs(dict[str, Tensor]):
-            def to(self, device: torch.device, dtype: torch.dtype) -> "Inputs":
-                return self
-
-        class Processor:
-            task_prompts_without_inputs: ClassVar = {"<CAPTION>": "What does the image describe?"}
-
-            def __call__(self, images: list[Any], text: list[str], return_tensors: str) -> Inputs:
-                assert text == ["<CAPTION>"] * len(images)
-                return Inputs(input_ids=torch.zeros(len(images), 9, dtype=torch.long))
-
-            def batch_decode(self, tokens: Tensor, skip_special_tokens: bool) -> list[str]:
-                return [str(row.tolist()) for row in tokens]
-
-        class Model:
-            class config:  # noqa: N801 - as transformers calls it
-                is_encoder_decoder = True
-
-            def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-                return torch.full((len(input_ids), 2), 7)
-
-        captioner = Captioner("florence", "<CAPTION>")
-        captioner._loaded = (Processor(), Model())
+        captioner, asked = florence("<CAPTION>")
         assert captioner(images) == ["[7, 7]"] * 3
+        assert asked["text"] == ["<CAPTION>"] * 3
+
+    def test_florence_is_asked_by_default_what_isr_caption_asks_for_training(self, images: Tensor) -> None:
+        captioner, asked = florence()
+        captioner(images)
+        options = _parse("caption", ["photos"])
+        assert asked == {"text": [options.instruction] * 3, "max_new_tokens": options.max_new_tokens}
+        assert asked == {"text": ["<MORE_DETAILED_CAPTION>"] * 3, "max_new_tokens": 77}
+
+    def test_other_models_are_asked_for_a_sentence_by_default(
+        self, llava: str, images: Tensor, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        chats: list[Any] = []
+        real = LlavaOnevisionProcessor.apply_chat_template
+        monkeypatch.setattr(
+            LlavaOnevisionProcessor, "apply_chat_template", lambda s, c, **o: chats.extend(c) or real(s, c, **o)
+        )
+        Captioner(llava)(images[:1])
+        assert chats[0][0]["content"][1]["text"] == "Describe this image in one sentence."
+        assert calls[0]["max_new_tokens"] == 64
+
+    def test_an_instruction_that_is_none_for_the_model_is_refused(self, llava: str, images: Tensor) -> None:
+        message = r"instruction=what is this is no task of model='florence'; give one of <CAPTION>, .*<OCR_IN>"
+        with pytest.raises(ValueError, match=message):
+            florence("what is this")[0](images)
+        message = r"instruction=<CAPTION> is a task of Florence-2, and model='.*' is a chat model; give a question"
+        with pytest.raises(ValueError, match=message):
+            Captioner(llava, "<CAPTION>")(images)
+        captioner, asked = florence("<OCR_IN> upper left")
+        captioner(images)
+        assert asked["text"] == ["<OCR_IN> upper left"] * 3
 
     def test_is_loaded_at_the_first_call_once_frozen_and_moves(
         self, blip: str, images: Tensor, monkeypatch: pytest.MonkeyPatch

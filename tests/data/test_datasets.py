@@ -448,6 +448,41 @@ class TestDegradedCrops:
         with pytest.raises(ValueError, match="no photo holds a crop of crop_size=128; set a smaller crop_size"):
             DegradedCrops(tmp_path, 128, [0], None, on_error="skip")
 
+    def test_a_window_is_cut_like_a_photo_and_has_its_own_prompt(self, tmp_path: Path) -> None:
+        photo, other = noise(70, 100), noise(40, 40, 1)
+        save(tmp_path / "a.png", photo)
+        save(tmp_path / "b.png", other)
+        (tmp_path / "m.csv").write_text(
+            "image_path,top,left,side,prompt\na.png,5,7,32,first\na.png,6,36,64,large\na.png,5,7,32,again\nb.png,8,8,32,\n"
+        )
+        crops = DegradedCrops(tmp_path / "m.csv", 32, [3], None)
+        samples = [crops[i] for i in range(len(crops))]
+        places = [(5, 7), (6, 36), (6, 68), (38, 36), (38, 68)]
+        expected = [photo[y : y + 32, x : x + 32] for y, x in places] + [other[8:40, 8:40]]
+        for sample, pixels in zip(samples, expected, strict=True):
+            np.testing.assert_array_equal(hwc(sample["hq"]), pixels)
+            np.testing.assert_array_equal(hwc(sample["lq"]), bicubic_downsample(pixels, 4))
+        assert [sample["prompt"] for sample in samples] == ["again", *["large"] * 4, ""]
+        assert crops.sample_names == [sample["name"] for sample in samples]
+        assert crops.sample_names[:2] == ["a_5_7_32_r0c0_s3", "a_6_36_64_r0c0_s3"]
+        assert "2 images (photos, 3 windows, cut to 6 crops of 32 px)" in str(crops.inventory("val"))
+
+    def test_a_photo_that_is_not_the_windows_is_left_out_with_all_its_windows(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            save(tmp_path / f"{name}.png", noise(48, 60))
+        (tmp_path / "m.csv").write_text("path,top,left,side\na.png,0,0,32\na.png,17,0,32\nb.png,16,28,32\n")
+        message = "a.png is 60x48, but val has a window of it with top=17, left=0, side=32"
+        with pytest.raises(ImageError, match=message):
+            DegradedCrops(tmp_path / "m.csv", 32, [0], None, argument="val")
+        crops = DegradedCrops(tmp_path / "m.csv", 32, [0], None, on_error="skip", argument="val")
+        assert crops.sample_names == ["b_16_28_32_r0c0_s0"]
+        (tmp_path / "p.csv").write_text("name,prompt\na,one\nb,other\n")
+        texts = Prompts(tmp_path / "p.csv")  # by the photo's name, as in training
+        assert DegradedCrops(tmp_path / "m.csv", 32, [0], None, 4, texts, None, "skip")[0]["prompt"] == "other"
+        assert [message in reason for reason in crops.skipped] == [True]
+        with pytest.raises(ValueError, match=r"crop_size=64 does not fit .* val=.*m\.csv, .* side 32; set it to 32"):
+            DegradedCrops(tmp_path / "m.csv", 64, [0], None, on_error="skip", argument="val")
+
     def test_errors_name_argument_value_and_fix(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"seeds=\[\] leaves no crops; give at least one seed"):
             DegradedCrops(tmp_path, 32, [], None)

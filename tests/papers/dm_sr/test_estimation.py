@@ -334,6 +334,24 @@ class TestReports:
         assert len(rows) == 6
         assert model._rows == []
 
+    def test_a_foreign_table_is_refused_before_the_work(
+        self, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[Tensor] = []
+        estimate = TimestepEstimation.estimate
+        monkeypatch.setattr(TimestepEstimation, "estimate", lambda self, x: asked.append(x) or estimate(self, x))
+        (tmp_path / "timesteps.csv").write_text("mine")
+        model = stage()
+        model.results_dir = tmp_path
+        with pytest.raises(FileExistsError, match=r"not overwritten, .*timesteps\.csv"):
+            trainer_for().predict(model, datamodule=Plain(batches))
+        assert not asked
+        assert (tmp_path / "timesteps.csv").read_text() == "mine"
+        (tmp_path / "timesteps.csv").unlink()
+        for _ in range(2):  # its own it replaces
+            trainer_for().predict(model, datamodule=Plain(batches))
+        assert len(asked) == 6
+
     def test_validation_logs_the_same_and_writes_nothing(self, batches: list[Batch], tmp_path: Path) -> None:
         model = stage(lo=0.0, hi=0.25)
         model.results_dir = tmp_path

@@ -4,7 +4,7 @@ import pytest
 from diffusers import AutoencoderKL
 from torch import nn
 
-from common.adapters import OSEDIFF_TARGETS, LoraCount, add_lora, count_lora
+from common.adapters import OSEDIFF_TARGETS, LoraCount, add_lora, count_lora, targets_in
 from common.pretrained import architecture_only, load_unet, load_vae
 
 RANK, ALPHA = 4, 8
@@ -50,6 +50,20 @@ def test_generator_and_regulariser_have_the_specs_counts(
     assert base == conv_in  # trained in full beside its adapter
     assert count_lora(adapted_vae()).parameters + count + base == generator
     assert generator + count == both
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mid_block_alone_has_the_count_of_its_layers(name: str) -> None:
+    with architecture_only():
+        unet = load_unet(f"random:{name}")
+        shapes = {
+            key: value.shape
+            for key, value in unet.mid_block.named_parameters()
+            if value.ndim > 1 and "time_emb" not in key
+        }
+        expected = sum(RANK * (shape[0] + shape[1:].numel()) for shape in shapes.values())
+        found = count_lora(add_lora(unet, RANK, ALPHA, targets_in(unet, "mid_block")))
+    assert found == LoraCount(len(shapes), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

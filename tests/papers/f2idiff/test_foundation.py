@@ -1,6 +1,7 @@
 """Stage A: its loss by hand, dropout of its condition, training from scratch, and how stage B opens its checkpoints."""
 
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import Dinov2Model
 
 from common.checkpoints import newest_checkpoint
 from common.conditioning.text import encode_prompts
@@ -245,6 +248,33 @@ class TestDraw:
         assert torch.equal(model.draw(x.flip(0), ["", ""], 0.0), without)
         assert float((without - first).abs().max()) > 1e-3
 
+    def test_a_prediction_refuses_foreign_files_before_the_work(
+        self, make: Make, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Data(LightningDataModule):
+            def predict_dataloader(self) -> Any:
+                one: Any = [batch]
+                return torch.utils.data.DataLoader(one, batch_size=None)
+
+            def names_to_predict(self) -> list[str]:
+                return ["a", "b"]
+
+        drawn: list[Tensor] = []
+        monkeypatch.setattr(Foundation, "draw", lambda self, x, *_: drawn.append(x) or x)
+        (tmp_path / "b.png").write_text("mine")
+        model = make()
+        model.results_dir = tmp_path
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        with pytest.raises(FileExistsError, match=r"not overwritten, .*b\.png; move it away"):
+            trainer.predict(model, datamodule=Data())
+        assert not drawn
+        assert sorted(path.name for path in tmp_path.glob("*.png")) == ["b.png"]
+        (tmp_path / "b.png").unlink()
+        for _ in range(2):  # its own it replaces
+            trainer.predict(model, datamodule=Data())
+        assert len(drawn) == 2
+        assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a.png", "b.png"]
+
     def test_saving_the_foundation_leaves_the_weights_as_they_were(
         self, make: Make, batch: Batch, tmp_path: Path
     ) -> None:
@@ -453,6 +483,83 @@ class TestOpening:
             open_foundation(str(features.run), "text")
         with pytest.raises(ValueError, match=r"foundation=.* was trained on text; set model\.condition=text"):
             open_foundation(str(text.checkpoint), "features")
+
+    @pytest.mark.parametrize(
+        ("changed", "said"),
+        [
+            ({"feature_tokens": "cls"}, "feature_tokens=all, here is feature_tokens=cls; set model.feature_tokens=all"),
+            ({"feature_size": 28}, "feature_size=null, here is feature_size=28; set model.feature_size=null"),
+        ],
+    )
+    def test_other_tokens_or_sizes_than_stage_as_are_refused(
+        self, features: Trained, sd: str, dino: str, changed: Batch, said: str
+    ) -> None:
+        with pytest.raises(ValueError, match=rf"foundation=.* was trained with {said}, or train a stage A of its own"):
+            stage_b(sd, dino, features.run, **changed)
+
+    def test_other_frozen_networks_than_stage_as_are_refused(
+        self, features: Trained, text: Trained, sd: str, dino: str, tmp_path: Path
+    ) -> None:
+        changed = tmp_path / "dino"
+        model = Dinov2Model.from_pretrained(dino)
+        model.layernorm.bias.data[3] += 0.01
+        model.save_pretrained(changed)
+        with pytest.raises(ValueError, match=rf"another DINOv2 than features={changed} has; set model\.features"):
+            stage_b(sd, str(changed), features.run)
+        for part, file, said in (
+            ("vae", "config.json", ("0.18215", "0.2", "latent scaling than pretrained=")),
+            ("scheduler", "scheduler_config.json", ("0.012", "0.013", "noise schedule than pretrained=")),
+        ):
+            other = shutil.copytree(sd, tmp_path / part)
+            path = other / part / file
+            assert said[0] in path.read_text()
+            path.write_text(path.read_text().replace(*said[:2]))
+            with pytest.raises(ValueError, match=rf"trained with another {said[2]}{other} has"):
+                stage_b(str(other), dino, features.run)
+        encoder = shutil.copytree(sd, tmp_path / "text")
+        weights = encoder / "text_encoder" / "model.safetensors"
+        state = load_file(weights)
+        save_file({name: value * 1.5 for name, value in state.items()}, weights, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"another text encoder than text_encoder={encoder} has; set model\."):
+            stage_b(sd, dino, text.run, condition="text", text_encoder=str(encoder))
+
+    def test_the_same_networks_are_taken_from_another_place(
+        self, features: Trained, sd: str, dino: str, tmp_path: Path
+    ) -> None:
+        moved = [str(shutil.copytree(folder, tmp_path / name)) for folder, name in ((sd, "sd"), (dino, "dino"))]
+        stage_b(*moved, features.run)  # type: ignore[arg-type]  # two places and the foundation
+
+    def test_a_checkpoint_from_before_the_digests_is_taken_with_a_warning(
+        self, text: Trained, sd: str, dino: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        checkpoint = torch.load(text.checkpoint, weights_only=True)
+        assert set(checkpoint.pop("frozen")) == {
+            *(f"pretrained: {part}" for part in ("VAE", "latent scaling", "noise schedule")),
+            "text_encoder: text encoder",
+        }
+        torch.save(checkpoint, tmp_path / "old.ckpt")
+        stage_b(sd, dino, tmp_path / "old.ckpt", condition="text")
+        assert "old.ckpt has no digests of its frozen networks, so these are not compared" in caplog.text
+
+    def test_stage_a_is_read_once_and_mapped(
+        self, features: Trained, sd: str, dino: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads: list[tuple[Path, dict[str, Any]]] = []
+        real = torch.load
+
+        def load(path: Any, **options: Any) -> Any:
+            reads.append((Path(path), options))
+            return real(path, **options)
+
+        monkeypatch.setattr(torch, "load", load)
+        model = stage_b(sd, dino, features.run)
+        ((path, options),) = reads
+        assert path == features.checkpoint
+        assert options["mmap"]
+        assert model.prior is not None
+        opened = open_foundation(str(features.run), "features")
+        mapped = {value.data_ptr() for value in opened.state.values()}
+        assert not mapped & {value.data_ptr() for value in opened.unet.parameters()}  # the file may be replaced
 
     def test_another_stages_checkpoint_is_refused(self, text: Trained, tmp_path: Path) -> None:
         checkpoint = torch.load(text.checkpoint, weights_only=True)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from lightning.pytorch import Callback, Trainer
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -22,8 +24,10 @@ from common.conditioning.text import encode_prompts
 from common.denoisers.unet import UNetDenoiser
 from common.draws import Draws
 from common.losses import LPIPS
+from common.pretrained import load_unet
 from common.restoration import Inference
 from papers.f2idiff import F2IDiffSR, conditions
+from papers.f2idiff import module as stage_b
 from papers.f2idiff.conditions import FeatureCondition
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -446,13 +450,35 @@ class TestLosses:
         assert [torch.equal(c, empty) for c in told[:2]].count(True) == 1
         assert torch.equal(run.tape.calls["unet"][0].args[2], prompts)
 
+    def test_guidance_leads_away_from_the_negative_prompt_and_dropout_to_the_empty_one(
+        self, make: Make, sd: str, batch: Batch
+    ) -> None:
+        options = {"condition": "text", "negative_prompt": "oil painting", "condition_dropout": 1.0}
+        told = [call.args[2] for call in train(make(**options), batch).tape.calls["prior"]]
+        negative, empty = (encode_prompts(sd, [text]).expand(2, -1, -1) for text in ("oil painting", ""))
+        assert not torch.equal(negative, empty)
+        assert [torch.equal(c, negative) for c in told[:2]].count(True) == 1
+        assert [torch.equal(c, empty) for c in told].count(True) == 3
+        z_hat, c, spy = torch.randn(2, 4, 8, 8), encode_prompts(sd, batch["prompt"]), Spy(batch["index"])
+        model = make(**options)
+        surrogate = model.distillation_loss(z_hat.requires_grad_(), c, spy)
+        (slope,) = torch.autograd.grad(surrogate, z_hat)
+        assert model.prior is not None
+        at = spy.drawn["vsd/t"], spy.drawn["vsd/noise"]
+        g, other = (gradient_by_hand(sd, model.prior, z_hat.detach(), c, *at, 7.5, null) for null in (negative, empty))
+        assert_close(slope, 2 * g / 512, rtol=1e-3, atol=1e-6)
+        assert not torch.allclose(slope, 2 * other / 512, rtol=1e-2, atol=1e-5)
 
-def gradient_by_hand(sd: str, prior: UNetDenoiser, z: Tensor, f: Tensor, t: Tensor, noise: Tensor, w: float) -> Tensor:
-    """Section 3, stage B, step 3; the teacher is a copy of its own."""
+
+def gradient_by_hand(
+    sd: str, prior: UNetDenoiser, z: Tensor, f: Tensor, t: Tensor, noise: Tensor, w: float, null: Tensor | None = None
+) -> Tensor:
+    """Section 3, stage B, step 3; the teacher is a copy of its own, and the null condition zeros by default."""
+    null = torch.zeros_like(f) if null is None else null
     a, s = level(t)
     z_t = a * z + s * noise
     with torch.no_grad():
-        e_f, e_null = (base(sd)(z_t, t, c).sample for c in (f, torch.zeros_like(f)))
+        e_f, e_null = (base(sd)(z_t, t, c).sample for c in (f, null))
         e_reg = prior.unet(z_t, t, f).sample
     x0_fix, x0_reg = ((z_t - s * e) / a for e in (e_null + w * (e_f - e_null), e_reg))
     return (x0_reg - x0_fix) / (z - x0_fix).abs().mean((1, 2, 3), keepdim=True)
@@ -502,6 +528,68 @@ class TestGradients:
 
 
 class TestPrior:
+    def test_at_mid_block_it_trains_what_osediffs_code_does_in_effect(self, make: Make, sd: str, batch: Batch) -> None:
+        """OSEDiff adds three adapters, for encoder, decoder and the rest, and leaves the last one active."""
+        endings = tuple(f".{target}" for target in OSEDIFF_TARGETS)
+        unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+        layers = [name for name, _ in unet.named_modules() if f".{name}".endswith(endings)]
+        parts: dict[str, list[str]] = {"down": [], "up": [], "others": []}
+        for name in layers:
+            is_down, is_up = "down_blocks" in name or name == "conv_in", "up_blocks" in name or name == "conv_out"
+            parts["down" if is_down else "up" if is_up else "others"].append(name)
+        for adapter, targets in parts.items():
+            unet.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights="gaussian"), adapter)
+        unet.requires_grad_(True)
+        unet(torch.randn(2, 4, 8, 8), 500, torch.randn(2, 5, 16)).sample.square().mean().backward()
+        moved = {name for name, p in unet.named_parameters() if "lora_B" in name and p.grad is not None}
+        assert all(".others." in name for name in moved)
+
+        model = make(reg_targets="mid_block")
+        run = train(model, batch)
+        of_regulariser = run.tape.grads[1]
+        assert of_regulariser.keys() == regulariser_names(model) == set(model.checkpoint_keys()) & of_regulariser.keys()
+        assert {f"prior.unet.{name.replace('.others.', '.default.')}" for name in moved} == {
+            name for name in of_regulariser if "lora_B" in name
+        }
+        assert run.tape.grads[0].keys() == generator_names(model)  # the generator keeps all of its own
+
+    def test_at_mid_block_a_resumed_run_equals_one_that_went_on(self, make: Make, batch: Batch, tmp_path: Path) -> None:
+        def fit(steps: int, resume: bool) -> dict[str, Tensor]:
+            model = make(reg_targets="mid_block", optimizer=SGD, reg_optimizer=SGD, clip=1.0)
+            trainer = Trainer(
+                max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            last = tmp_path / "last.ckpt"
+            loader: Any = torch.utils.data.DataLoader([batch] * 2, batch_size=None)  # type: ignore[arg-type]
+            trainer.fit(model, loader, ckpt_path=str(last) if resume else None)
+            if steps == 1:
+                trainer.save_checkpoint(last)
+            return {name: value.detach().clone() for name, value in model.all_trainable().items()}
+
+        fit(1, resume=False)
+        whole, resumed = fit(2, resume=False), fit(2, resume=True)
+        assert any("prior.unet.mid_block" in name for name in whole)
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+    def test_the_u_nets_file_is_read_once_for_generator_and_prior(
+        self, make: Make, sd: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads: list[str] = []
+
+        def load(pretrained: str, subfolder: str) -> UNet2DConditionModel:
+            reads.append(subfolder)
+            return load_unet(pretrained, subfolder)
+
+        monkeypatch.setattr(stage_b, "load_unet", load)
+        model = make()
+        assert reads == ["unet"]
+        assert model.generator is not None
+        assert model.prior is not None
+        ours, other = (network.unet.conv_in.base_layer.weight for network in (model.generator, model.prior))
+        assert torch.equal(ours, other)
+        assert ours.data_ptr() != other.data_ptr()
+
     def test_teacher_and_regulariser_are_two_copies_bit_by_bit_after_training_too(
         self, make: Make, sd: str, batch: Batch
     ) -> None:
@@ -669,6 +757,10 @@ class TestEnlarge:
 
 
 class TestErrors:
+    def test_a_negative_prompt_where_no_text_is_told(self) -> None:
+        with pytest.raises(ValueError, match=r"negative_prompt=blurry is a text, which condition=features has no use"):
+            F2IDiffSR(negative_prompt="blurry")
+
     @pytest.mark.parametrize("timestep", [-1, 1000])
     def test_a_timestep_outside_the_schedule(self, make: Make, timestep: int) -> None:
         with pytest.raises(ValueError, match=rf"timestep={timestep} is out of range; set 0 \.\. 999"):
