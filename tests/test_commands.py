@@ -72,7 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("place")
     for folder in ("papers", "data", "launch"):
         (root / folder).symlink_to(ROOT / folder)
-    for folder in ("photos", "my_photos", "PHOTOS", "DIV2K/DIV2K_train_HR", "osediff"):
+    for folder in ("photos", "my_photos", "PHOTOS", "DIV2K/DIV2K_train_HR", "LSDIR/HR_merge", "osediff"):
         write_png(root / folder / "a.png", np.zeros((64, 64, 3), np.uint8))
     for name in ("RealSR", "DRealSR"):
         for part, side in (("test_LR", 16), ("test_HR", 64)):

@@ -12,9 +12,9 @@ from launch.runs import run_name_of
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "papers" / "f2idiff" / "configs"
 NEGATIVE = (  # OSEDiff's scripts/train/train_osediff.sh
-    "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, blurring, "
-    "dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, deformed, lowres, "
-    "over-smooth"
+    "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, "
+    "blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, deformed, "
+    "lowres, over-smooth"
 )
 
 
