@@ -28,8 +28,7 @@ PHOTOS = {  # by the config that names the training data
     "df2k_lsdir": 800 + 2_650 + 84_991,
     "df2k_8k_ffhq": 243_400,  # patches, each with its caption
     "seesr": 800 + 1_500 + 2_650 + 10_324 + 10_000,
-    "captions": 1_500_000,  # patches of the F2IDiff paper
-    "captions256": 6_000_000,
+    "lsdir_ffhq_patches": 1_500_000,  # the F2IDiff paper's patches
 }
 VALIDATION_CROPS = 100
 CONFIGS = {
