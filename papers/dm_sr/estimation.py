@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,10 @@ from common.stages import Stage, digest
 from common.training import Batch, TrainingModule
 from papers.dm_sr.networks import TimestepEstimator
 
+log = logging.getLogger(__name__)
+
+COLLAPSED = 0.01
+"""Predictions whose spread is a smaller part of their target's have collapsed to a constant."""
 LAST = 499
 """The largest timestep: the estimator's outputs lie in 0 .. 499 (equation 10)."""
 
@@ -89,6 +94,8 @@ class TimestepEstimation(TrainingModule):
             self.register_buffer(name, torch.tensor(float("nan") if value is None else value, dtype=torch.float32))
         self.estimator: TimestepEstimator | None = None
         self._rows: list[tuple[str, str, float, float]] = []  # data set, image, target, predicted
+        self._stds: Tensor | None = None  # of the last batch's predictions and targets
+        self._warned = False
 
     # Networks
 
@@ -180,7 +187,27 @@ class TimestepEstimation(TrainingModule):
             loss = ((t_hat - t) / (LAST + 1)).square().mean()
             update(loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict({"train/t": t.mean(), "train/t_hat": t_hat.detach().mean()})
+        self._stds = torch.stack([t_hat.detach().std(correction=0), t.std(correction=0)])
+        self.log_dict({"train/t": t.mean(), "train/t_hat": t_hat.detach().mean(), "train/t_hat_std": self._stds[0]})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Warn of a collapse, here where the host waits for the device anyway."""
+        super().on_save_checkpoint(checkpoint)
+        if self._stds is not None:
+            predicted, target = self._stds.tolist()
+            self._warn_of_collapse(predicted, target, "the last training batch")
+
+    def _warn_of_collapse(self, predicted: float, target: float, where: str) -> None:
+        """Warn once of predictions that hardly differ where their targets do."""
+        if predicted < COLLAPSED * target and not self._warned:
+            self._warned = True
+            log.warning(
+                "t_hat hardly differs between images: its standard deviation is %.3g where the target's is %.3g (%s). "
+                "If it stays so, T has collapsed to a constant: lower the learning rate, or lengthen its warm-up",
+                predicted,
+                target,
+                where,
+            )
 
     # Validation, test, prediction
 
@@ -214,17 +241,19 @@ class TimestepEstimation(TrainingModule):
         return sorted({row[:2]: row for row in self.gathered(rows)}.values())
 
     def _report(self, stage: str) -> None:
-        """Log RMSE, R^2 and the target's spread for each data set, and draw the paper's Figure 7."""
+        """Log RMSE, R^2 and both spreads for each data set, warn of a collapse, and draw the paper's Figure 7."""
         rows, folder = self._gathered_rows(), self._results() / stage
         known = [row for row in rows if row[2] == row[2]]  # real photos have no target
         for dataset in dict.fromkeys(row[0] for row in known):
             t, t_hat = (torch.tensor([row[i] for row in known if row[0] == dataset]).numpy() for i in (2, 3))
             fit = agreement(t, t_hat)
-            values = {"rmse": fit.rmse, "target_std": fit.std, **({} if fit.r2 is None else {"r2": fit.r2})}
+            values = {"rmse": fit.rmse, "target_std": fit.std, "t_hat_std": float(t_hat.std())}
+            values |= {} if fit.r2 is None else {"r2": fit.r2}
             for name, value in values.items():
                 self.log(f"{stage}/{dataset}/{name}", float(value), rank_zero_only=True, prog_bar=name == "rmse")
             if not self.trainer.is_global_zero or self.trainer.sanity_checking:
                 continue
+            self._warn_of_collapse(values["t_hat_std"], fit.std, dataset)
             figure = predicted_against_target(t, t_hat, LAST, "timestep")
             self.show_image(f"{stage}/{dataset}: timestep", figure_to_tensor(figure))
             if stage == "test":

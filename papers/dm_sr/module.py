@@ -49,6 +49,9 @@ from papers.dm_sr.sampling import MultistepNoise, denoise
 PROMPT = "High-quality, high-contrast, photo-realistic, clean, sharp, highly-detailed, perfect, 8k, ultra HD"
 """The paper's fixed prompt (its footnote 1)."""
 
+NOISE_SAMPLE = 1024
+"""Values of a tile's noise that the plot of a test takes: 4 kB a tile, whatever its size."""
+
 
 class Conditions(NamedTuple):
     """What belongs to whole images: the noise level they are moved to, and their text."""
@@ -85,7 +88,8 @@ class DMSR(RestorationModule):
         dm_path: Where equation 7's gradient enters: at the `encoder`'s output, as printed, or at the image `latent`.
         dm_timestep: Its timestep: `uniform` over 1 .. 499, or the image's `predicted` one.
         noise_sign: Sign of equation 8: `corrected`, or as `printed`, which drives the noise away from its goal.
-        noise_path: Where its gradient enters: at the `encoder`'s output, as printed, or at the `noise`.
+        noise_path: Where its gradient enters: at the `encoder`'s output, as printed, or at the `noise`. Logged:
+            `train/z_error`, the mean of |Z_SR - X_HR^0|, and `train/eps_residual`, that of |r|.
         gan_loss: Equation 4: `bce` (both terms with a minus), InvSR's `hinge`, or as `printed`.
         disc_start: Updates after which the adversarial loss counts; the discriminator trains from the first on.
         disc_timestep: Timestep the discriminator is told: the image's `predicted` one or `zero`.
@@ -173,7 +177,7 @@ class DMSR(RestorationModule):
         self.image_losses: dict[str, tuple[ImageLoss, float]] = {}
         self.loss_networks = nn.ModuleDict()
         self.discriminator: ControlNetDiscriminator | None = None
-        self._noise: list[Tensor] = []  # of test images, for the plot
+        self._noise: list[Tensor] = []  # of test images, for the plot: a sample of each tile's
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} is out of range; set 1 or more")
         if timestep == "predicted" and estimator is None:
@@ -332,7 +336,7 @@ class DMSR(RestorationModule):
         schedule = self.denoiser.schedule
         eps_sr, z_sr = denoise(partial(self._predict, c=c), x_sr, t_hat, schedule, self.num_steps, self.multistep_noise)
         if self.trainer_is_testing:
-            self._noise.append(eps_sr.flatten().cpu())
+            self._noise.append(noise_sample(eps_sr))
         return to_01(self.codec.decode(z_sr).clamp(-1, 1))
 
     def _predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Prediction:
@@ -351,7 +355,8 @@ class DMSR(RestorationModule):
         if noise and self.trainer.is_global_zero:
             figure = noise_distribution(torch.cat(noise).float().numpy())
             caption = (
-                "Noise eps_SR that the denoiser splits off the encoder's output, over the test images: histogram with "
+                "Noise eps_SR that the denoiser splits off the encoder's output, over the test images (at most "
+                f"{NOISE_SAMPLE:,} values a tile, evenly spaced): histogram with "
                 "the standard normal density, and Q-Q plot (the paper's Figure 4b)."
             )
             save_figure(folder / "figures" / "predicted_noise.png", figure, caption)
@@ -375,7 +380,7 @@ class DMSR(RestorationModule):
             loss = self.image_part(x_sr, z_sr, h, i_lr, i_hr, t, c, draws) + self.noise_part(x_sr, eps_sr, h, t, c)
             update(loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/t_hat", t_hat.mean())
+        self.log_dict({"train/t_hat": t_hat.mean(), "train/z_error": (z_sr.detach() - h).abs().mean()})
         if self.discriminator is not None:
             self.discriminator_step(z_sr.detach(), h, i_lr, t, c)
 
@@ -430,3 +435,8 @@ class DMSR(RestorationModule):
         """Logits of D(z, I_LR), (B,1)."""
         assert self.discriminator is not None
         return self.discriminator(z, to_pm1(i_lr), t if self.disc_timestep == "predicted" else torch.zeros_like(t), c)
+
+
+def noise_sample(eps: Tensor) -> Tensor:
+    """At most `NOISE_SAMPLE` values of a noise (B,C,h,w), on the CPU; the odd stride visits all rows and columns."""
+    return eps.flatten()[:: -(-eps.numel() // NOISE_SAMPLE) | 1].cpu()

@@ -48,6 +48,7 @@ class Toy(TrainingModule):
         return [self.optimizer(self.trainable_parameters(name)) for name in self.trainable]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self.update_step >= 1  # without a look at the device
         for name, network in (("net", self.net), ("critic", self.critic)):
             with self.turn(name) as update:
                 trap = batch["trap"].mean() if name == self.trapped else torch.ones_like(batch["trap"]).mean()

@@ -69,7 +69,7 @@ class TestName:
         base = ["-c", CONFIGS / "sd21.yaml"]
         assert self.name("-c", photos, *base, "-c", inference, "--trainer.max_steps=2") == "sd21"
         assert self.name(*base, "-c", CONFIGS / "d3sr.yaml") == "sd21-d3sr"
-        assert self.name(*base, "--config", CONFIGS / "ablations/disc_none.yaml") == "sd21-disc_none"
+        assert self.name(*base, "--config", CONFIGS / "ablations/d3sr/disc_none.yaml") == "sd21-disc_none"
         assert self.name("-c", DEMO, "--data.batch_size=1") == "demo-dfosd"
         dotted = tmp_path / "dotted.yaml"
         dotted.write_text("model.init_args.lora_rank: 2")

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.conditioning.text import encode_prompts
-from common.losses import EADISTS
+from common.losses import EADISTS, discriminator_loss
 from common.pretrained import architecture_only
 from common.restoration import Inference
 from launch.parameters import parse
 from papers.dfosd import DFOSD
+from papers.dfosd.networks import PixelDiscriminator
 
 CONFIGS = Path(__file__).resolve().parents[3] / "papers/dfosd/configs"
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)  # SD's schedule, independently
@@ -569,17 +570,18 @@ class TestConfigs:
         "condition_empty": {"condition": "empty"},
         "condition_noise": {"condition": "noise"},
         "condition_prompt": {"condition": "prompt"},
-        "disc_latent": {"discriminator": "latent"},
-        "disc_none": {"discriminator": "none"},
-        "disc_pixel": {"discriminator": "pixel"},
         "lora_r4_a4": {"lora_rank": 4, "lora_alpha": 4.0},
         "lora_r8_a8": {"lora_rank": 8, "lora_alpha": 8.0},
         "lora_r8_a64": {"lora_rank": 8, "lora_alpha": 64.0},
         "lora_r64_a128": {"lora_rank": 64, "lora_alpha": 128.0},
-        "perceptual_none": {"perceptual": "none"},
-        "perceptual_lpips": {"perceptual": "lpips"},
-        "perceptual_ea_lpips": {"perceptual": "ea_lpips"},
-        "perceptual_dists": {"perceptual": "dists"},
+        "d3sr/disc_latent": {"discriminator": "latent", "disc_pretrained": None},
+        "d3sr/disc_none": {"discriminator": "none"},
+        "d3sr/disc_pixel": {"discriminator": "pixel", "disc_pretrained": None},
+        "d3sr/disc_sd21": {"disc_pretrained": None},
+        "d3sr/perceptual_none": {"perceptual": "none"},
+        "d3sr/perceptual_lpips": {"perceptual": "lpips"},
+        "d3sr/perceptual_ea_lpips": {"perceptual": "ea_lpips"},
+        "d3sr/perceptual_dists": {"perceptual": "dists"},
     }
 
     @staticmethod
@@ -589,14 +591,42 @@ class TestConfigs:
         return dict(parsed.model.init_args.as_dict())
 
     def test_every_ablation_has_an_expectation(self) -> None:
-        assert {path.stem for path in (CONFIGS / "ablations").glob("*.yaml")} == set(self.EXPECTED)
+        folder = CONFIGS / "ablations"
+        found = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+        assert found == set(self.EXPECTED)
 
     @pytest.mark.parametrize("name", EXPECTED)
     def test_an_ablation_changes_what_its_name_says_and_no_more(self, name: str) -> None:
-        paper = self.arguments(CONFIGS / "sd21.yaml")
-        ablation = self.arguments(CONFIGS / "sd21.yaml", CONFIGS / "ablations" / f"{name}.yaml")
-        different = {key: value for key, value in ablation.items() if value != paper[key]}
+        base = [CONFIGS / "sd21.yaml", *([CONFIGS / "d3sr.yaml"] if name.startswith("d3sr/") else [])]
+        path = CONFIGS / "ablations" / f"{name}.yaml"
+        assert path.read_text().splitlines()[0].endswith(f"; over {' and '.join(each.name for each in base)}")
+        whole, ablation = self.arguments(*base), self.arguments(*base, path)
+        different = {key: value for key, value in ablation.items() if value != whole[key]}
         assert different == self.EXPECTED[name]
+
+    @pytest.mark.parametrize("d3sr", [True, False])
+    def test_the_optimiser_of_a_discriminator_from_scratch_makes_it_learn(self, d3sr: bool) -> None:
+        """Real and fake differ in brightness; at the rate of sd21.yaml the loss stays at 2 ln 2 = 1.386."""
+        base = [CONFIGS / "sd21.yaml", *([CONFIGS / "d3sr.yaml"] if d3sr else [])]
+        pixel, latent = (
+            self.arguments(*base, CONFIGS / f"ablations/d3sr/disc_{kind}.yaml")["disc_optimizer"]["init_args"]
+            for kind in ("pixel", "latent")
+        )
+        assert pixel == latent
+        losses = []
+        for settings in (pixel, self.arguments(CONFIGS / "sd21.yaml")["disc_optimizer"]["init_args"]):
+            torch.manual_seed(0)
+            network = PixelDiscriminator((16, 32))
+            optimizer = torch.optim.AdamW(network.parameters(), **{**settings, "fused": False})
+            for _ in range(300):
+                real, fake = (network(0.3 * torch.randn(4, 3, 16, 16) + mean) for mean in (0.5, -0.5))
+                loss = discriminator_loss("bce", real, fake).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[0] < 1.0
+        assert losses[1] > 1.3
 
     def test_sd21_holds_the_papers_numbers(self) -> None:
         args = self.arguments(CONFIGS / "sd21.yaml")

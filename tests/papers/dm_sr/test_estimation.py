@@ -17,6 +17,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from common.conditioning.text import encode_prompts
 from common.losses import LPIPS
+from launch.parameters import parse
 from papers.dm_sr import DMSR, TimestepEstimation, estimation, module
 from papers.dm_sr.estimation import build_estimator, read_estimator, read_restorer
 from papers.dm_sr.networks import TimestepEstimator
@@ -394,6 +395,49 @@ class TestReports:
         trainer.validate(model, datamodule=Data([batch]), verbose=False)
         assert "val/some/r2" not in trainer.callback_metrics
         assert float(trainer.callback_metrics["val/some/target_std"]) == 0
+
+
+class TestCollapse:
+    """Predictions that are one constant are named, once, and those that follow their images are not."""
+
+    def model(self, constant: bool) -> TimestepEstimation:
+        model = stage(lo=0.0, hi=0.25)
+        model.configure_model()
+        assert model.estimator is not None
+        with torch.no_grad():
+            model.estimator.head.weight *= 0 if constant else 200
+        return model
+
+    @pytest.mark.parametrize("constant", [True, False])
+    def test_in_training(
+        self, constant: bool, batches: list[Batch], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = self.model(constant)
+        expected = float(estimates(model, batches[-1]).std(correction=0))
+        trainer = fit(model, batches)
+        for name in ("a", "b"):
+            trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        assert float(trainer.callback_metrics["train/t_hat_std"]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert (expected < 1e-3) is constant
+        assert caplog.text.count("T has collapsed to a constant: lower the learning rate") == constant
+
+    @pytest.mark.parametrize("constant", [True, False])
+    def test_in_validation(self, constant: bool, batches: list[Batch], caplog: pytest.LogCaptureFixture) -> None:
+        model, trainer = self.model(constant), trainer_for()
+        expected = float(torch.cat([estimates(model, batch) for batch in batches]).std(correction=0))
+        trainer.validate(model, datamodule=Data(batches), verbose=False)
+        assert float(trainer.callback_metrics["val/some/t_hat_std"]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert caplog.text.count("(some). If it stays so") == constant
+
+
+def test_paper_scale_warms_up_anneals_averages_and_clips() -> None:
+    _, parsed = parse([Path(estimation.__file__).parent / "configs/estimator.yaml"])
+    args = parsed.model.init_args.as_dict()
+    assert (args["clip"], args["ema_decay"]) == (1.0, 0.999)
+    given = args["lr_scheduler"]["init_args"]
+    assert args["lr_scheduler"]["class_path"] == "torch.optim.lr_scheduler.OneCycleLR"
+    assert given["max_lr"] == args["optimizer"]["init_args"]["lr"] == 1e-4
+    assert (given["total_steps"], given["pct_start"], given["cycle_momentum"]) == (50_000, 0.04, False)
 
 
 class TestReadEstimator:

@@ -597,6 +597,7 @@ class TestTrainingStep:
             "d_fake": fake.mean(),
         }
         expected |= {"loss": l1 + per + of_e + dm + eps, "t_hat": t_of(stage1, batch).mean()}
+        expected["z_error"] = l1
         for name, value in expected.items():
             assert run.metrics[f"train/{name}"] == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
 
@@ -812,6 +813,21 @@ class TestTest:
         assert len(rows) == 1 + 6
         assert len(list((tmp_path / "test/test0").glob("*.png"))) == 6
 
+    def test_of_a_large_tile_it_keeps_a_sample_of_all_rows_and_columns(self) -> None:
+        columns = torch.arange(64.0).expand(2, 4, 64, 64)
+        for eps in (columns, columns.mT):
+            kept = dm_sr.noise_sample(eps)
+            assert len(kept) <= dm_sr.NOISE_SAMPLE
+            assert set(kept.tolist()) == set(range(64))
+            assert float(kept.mean()) == pytest.approx(31.5, abs=0.5)
+
+    def test_the_logged_error_of_the_latent_needs_no_l1_loss(self, sd: str, batch: Batch) -> None:
+        run = train(method(sd, timestep=200, **{**OFF, "lambda_eps": 1.0}, optimizer=STILL), batch, 2)
+        by_hand = Hand(sd, batch, torch.full((2,), 200.0))
+        error = float((by_hand.z - by_hand.h).abs().mean().detach())
+        assert run.metrics["train/z_error"] == pytest.approx(error, rel=1e-4)
+        assert run.tape.counts()["unet"] == 2 * 2
+
     def test_prediction_and_validation_keep_no_noise(self, sd: str, batches: list[Batch], tmp_path: Path) -> None:
         model = configured(sd, timestep=100)
         model.results_dir = tmp_path
@@ -848,6 +864,15 @@ EXPECTED: dict[str, tuple[str, str, dict[str, Any]]] = {  # in the head line, wh
     **{
         f"timestep_{t}": ("Table 3", f"fixed timestep {t}, ", {"timestep": min(t, 499), "estimator": None})
         for t in (50, 150, 250, 300, 500)
+    },
+    **{
+        f"{key}_{value}": (f"Equation {number}: its gradient at the ", phrase, {key: value})
+        for number, key, value, phrase in (
+            (7, "dm_path", "encoder", "encoder's output, as printed"),
+            (7, "dm_path", "latent", "image latent Z_SR"),
+            (8, "noise_path", "encoder", "encoder's output, as printed"),
+            (8, "noise_path", "noise", "noise eps_SR"),
+        )
     },
     "target_l1": ("Table 5", "pixel distance", {"target": "l1", "lo": None, "hi": None}),
     "target_ssim": ("Table 5", "1 - SSIM", {"target": "ssim"}),
@@ -939,7 +964,8 @@ class TestConfigs:
     @pytest.mark.parametrize("name", ["target_min", "target_l1"])
     def test_counting_stage_1s_ablations_needs_no_stage_2(self, name: str) -> None:
         counted = summary(build([CONFIGS / "estimator.yaml", CONFIGS / "ablations" / f"{name}.yaml"]))
-        assert counted["total"] == counted["trainable"] == 20_024_384 + 256_500
+        assert counted["trainable"] == 20_024_384 + 256_500
+        assert counted["total"] == 2 * counted["trainable"]  # with the average
 
 
 class TestWholeness:
