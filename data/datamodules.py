@@ -18,6 +18,7 @@ from common.files import distinct_names
 from data.benchmarks import folder_layout, load_benchmark, load_pairs
 from data.datasets import (
     DegradedCrops,
+    Flips,
     GivenPrompts,
     HQImages,
     LQImages,
@@ -29,6 +30,7 @@ from data.datasets import (
 )
 from data.degradations.config import DegradationConfig, preset
 from data.degradations.realesrgan import Degradation
+from data.images import Part
 from data.inventory import Inventory
 from data.layouts import Layout, PairFolders, match_pairs
 from data.photos import CAPTIONS, PHOTOS, photo_paths
@@ -41,7 +43,7 @@ _SPLITS = ("train", "val", "test", "predict")
 _DRAWS = 10  # entries in the training list for a photo of weight 1
 
 
-T = TypeVar("T", str, PairSource)
+T = TypeVar("T", str | Part, PairSource)
 
 
 def _as_list(source: T | list[T] | None) -> list[T]:
@@ -76,6 +78,18 @@ def _side(layout: Layout, side: str, scale: int) -> list[str]:
     return [str(pair[side == "hq"]) for pair in match_pairs(layout.lq, layout.hq, scale)[0]]
 
 
+def _hq_side(source: str | Part, scale: int) -> tuple[list[str | Part], Layout | None]:
+    """What of a source of good photos is taken: all, or the HQ images of a folder of pairs and their layout."""
+    part = source if isinstance(source, Part) else Part(source)
+    layout = folder_layout(Path(part.source).expanduser(), scale, "train")
+    if layout is None:
+        return [source], None
+    files = _side(layout, "hq", scale)
+    if len(files) == 1:
+        return [replace(part, source=files[0])], layout
+    return [Part(file, None, part.weight) for file in files[: part.first]], layout
+
+
 class SRData(LightningDataModule):
     """Good photos degraded on the fly for training; benchmarks for validation, test and prediction.
 
@@ -86,7 +100,8 @@ class SRData(LightningDataModule):
     Args:
         train: Good photos: folder (searched recursively), txt list, csv or parquet manifest (column image_path,
             optionally prompt, optionally top, left, side of a window in px, as isr caption writes them), or a list of
-            these; one named twice is drawn twice as often. Of a folder of pairs, the HQ images are taken and degraded.
+            these. `{source: FFHQ, first: 10000, weight: 2}` takes the first photos of one and draws each twice a pass.
+            Of a folder of pairs, the HQ images are taken and degraded.
         val: One or more sets: folders of pairs (test_LR and test_HR, LR and HR, lq and gt, RealSR's names in one folder
             and other layouts of published sets), two folders as `{lq: A, hq: B}` (optionally `csv`, a table with the
             columns lq and hq), or good photos, or windows of them as for train, that are cut to a grid and degraded.
@@ -106,7 +121,8 @@ class SRData(LightningDataModule):
         val_crops: At most so many crops of each such set, spread evenly over it; null is all.
         seed: Random seed of order, crops, flips and degradations in training; null takes `--seed_everything`, 0 in
             Python. Validation and test degrade alike in all runs.
-        flips: Mirror and turn training crops at random.
+        flips: `horizontal` mirrors training crops left to right at random, `all` also turns them by 90, 180 or 270
+            degrees, `none` leaves them upright.
         prompts: A folder of <image name>.txt or a csv with columns name and prompt, for all sets, or one for each of
             train, val, test and predict. Images whose manifest has a prompt keep that. null: prompts are empty.
         on_error: What is done about images that are unreadable or, in pairs, do not fit: skip (counted and named) or
@@ -121,7 +137,7 @@ class SRData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
+        train: str | Part | list[str | Part] | None = None,
         val: PairSource | list[PairSource] | None = None,
         test: PairSource | list[PairSource] | None = None,
         predict: str | None = None,
@@ -137,7 +153,7 @@ class SRData(LightningDataModule):
         val_seeds: int = 1,
         val_crops: int | None = None,
         seed: int | None = None,
-        flips: bool = True,
+        flips: Flips = "all",
         prompts: str | dict[str, str] | None = None,
         on_error: OnError | None = None,
     ) -> None:
@@ -193,7 +209,7 @@ class SRData(LightningDataModule):
         source = self.prompts.get(split) if isinstance(self.prompts, dict) else self.prompts
         return None if source is None else Prompts(source)
 
-    def _hq_images(self, source: list[str]) -> HQImages:
+    def _hq_images(self, source: Sequence[str | Part]) -> HQImages:
         return HQImages(
             source,
             self.scale,
@@ -210,17 +226,12 @@ class SRData(LightningDataModule):
         if not self.train:
             raise ValueError("train=null leaves nothing to fit; set data.init_args.train to a folder of good photos")
         sources = _as_list(self.train)
-        layouts = {source: folder_layout(Path(source).expanduser(), self.scale, "train") for source in sources}
-        taken = [layout for layout in layouts.values() if layout is not None]
-        if not taken:
-            return self._hq_images(sources)
-        parts: list[str] = []
-        for source in sources:
-            layout = layouts[source]
-            parts += [source] if layout is None else _side(layout, "hq", self.scale)
-        images = self._hq_images(parts)
-        images.source = sources
-        images.layout = f"photos to degrade; HQ images alone of {', '.join(layout.name for layout in taken)}"
+        taken = [_hq_side(source, self.scale) for source in sources]
+        layouts = [layout for _, layout in taken if layout is not None]
+        images = self._hq_images([part for parts, _ in taken for part in parts])
+        if layouts:
+            images.source = sources
+            images.layout = f"photos to degrade; HQ images alone of {', '.join(layout.name for layout in layouts)}"
         return images
 
     def _val_set(self, source: PairSource) -> NamedSet:

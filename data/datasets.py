@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -46,6 +46,7 @@ from data.textfiles import read_text
 
 Sample = dict[str, Any]
 OnError = Literal["skip", "raise"]
+Flips = Literal["none", "horizontal", "all"]
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +277,8 @@ class HQImages(Dataset[Sample]):
         prompts: Prompts of the images whose manifest gives none; without it theirs are empty.
         on_error: "skip" takes the next photo instead of an unreadable one, which is counted and named once; "raise"
             stops.
-        flips: Mirror and turn crops at random (all eight positions of a square).
+        flips: `horizontal` mirrors crops left to right at random, `all` also turns them (all eight positions of a
+            square), `none` leaves them upright.
         rescales: Factors by stem; such a photo is there once for each factor, resized by it.
         cache: Keep decoded photos in memory; for small sets only.
         argument: Name of the user's argument, for messages.
@@ -295,13 +297,15 @@ class HQImages(Dataset[Sample]):
         seed: int = 0,
         prompts: GivenPrompts = None,
         on_error: OnError = "skip",
-        flips: bool = True,
+        flips: Flips = "all",
         rescales: Mapping[str, Sequence[float]] | None = None,
         cache: bool = False,
         argument: str = "source",
     ) -> None:
         check_crop_size(crop_size, scale)
         check_on_error(on_error)
+        if flips not in get_args(Flips):
+            raise ValueError(f"flips={flips} is unknown; set flips to one of {', '.join(get_args(Flips))}")
         self.scale, self.crop_size, self.degradation, self.seed = scale, crop_size, degradation, seed
         self.on_error, self.flips, self.cache, self.argument = on_error, flips, cache, argument
         self.source, self.layout = source, "photos to degrade"
@@ -391,8 +395,9 @@ class HQImages(Dataset[Sample]):
         height, width = crop.shape[:2]
         if height < size or width < size:
             crop = np.pad(crop, ((0, size - height), (0, size - width), (0, 0)), mode="reflect")
-        if self.flips:
-            mirrored, turns = bool(rng.integers(2)), int(rng.integers(4))
+        if self.flips != "none":
+            mirrored = bool(rng.integers(2))
+            turns = int(rng.integers(4)) if self.flips == "all" else 0
             crop = np.rot90(crop[:, ::-1] if mirrored else crop, turns)
         return np.ascontiguousarray(crop)
 

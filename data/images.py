@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ from data.colours import Pixels as Pixels
 from data.rasters import MOST_TEXT, Raster, decode, size_of
 from data.textfiles import read_csv, read_lines
 
-Source = str | Path | Sequence[str | Path]
+log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}
@@ -36,6 +39,51 @@ class Window(NamedTuple):
     top: int
     left: int
     side: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a set of photos, or a set that is drawn more often than others.
+
+    Args:
+        source: Folder, txt list, csv or parquet manifest.
+        first: How many photos to take, the first ones in the order of the list or of the sorted paths; null is all.
+            Windows of one photo count as one.
+        weight: How many times one pass over the data draws each of them.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    source: str
+    first: int | None = None
+    weight: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("first", self.first), ("weight", self.weight)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} of {self.source} is out of range; set {name} >= 1")
+
+    def __str__(self) -> str:
+        """`FFHQ (first 10000, weight 2)`."""
+        first = [] if self.first is None else [f"first {self.first}"]
+        weight = [] if self.weight == 1 else [f"weight {self.weight}"]
+        return self.source + (f" ({', '.join(first + weight)})" if first or weight else "")
+
+    def of(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries of the part, each as often as it is drawn.
+
+        Args:
+            entries: All entries of the source.
+        """
+        paths = dict.fromkeys(entry.path for entry in entries)
+        if self.first is not None and len(paths) < self.first:
+            log.warning("%s has %d photos, fewer than first=%d; all are taken", self.source, len(paths), self.first)
+        taken = set(itertools.islice(paths, self.first))
+        return [entry for entry in entries if entry.path in taken for _ in range(self.weight)]
+
+
+Source = str | Path | Part | Sequence[str | Path | Part]
 
 
 class Entry(NamedTuple):
@@ -258,9 +306,9 @@ def list_entries(source: Source, argument: str = "source") -> list[Entry]:
     Args:
         source: A folder (searched recursively; sorted by relative path), an image file, a txt list (one path a line),
             a csv or parquet manifest (column `image_path` or `path`, optionally `prompt`, optionally `top`, `left` and
-            `side` of a window in px), or a sequence of these, one after the other. Lists keep their order, and what is
-            named twice counts twice, which is how a set is given more weight. Relative paths in a list count from the
-            list's own folder.
+            `side` of a window in px), a `Part` of one of these, or a sequence of all these, one after the other. Lists
+            keep their order, and what is named twice counts twice. Relative paths in a list count from the list's own
+            folder.
         argument: Name of the user's argument, for messages.
 
     Returns:
@@ -270,6 +318,8 @@ def list_entries(source: Source, argument: str = "source") -> list[Entry]:
         FileNotFoundError: The source, or a file it lists, does not exist (the first five are named).
         ValueError: The source holds no images, is of an unknown kind, or has a window that is none.
     """
+    if isinstance(source, Part):
+        return source.of(list_entries(source.source, argument))
     if not isinstance(source, str | Path):
         if not source:
             raise ValueError(f"{argument}=[] names nothing; give a folder, an image, a list or a manifest")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.files import printable, replacing
 from common.made import RECORD
-from data.images import Source, first_five, is_hidden, is_image, walk
+from data.images import Part, Source, first_five, is_hidden, is_image, walk
 
 _NAMED = 4  # kinds of unused files that a line names
 
@@ -50,7 +50,9 @@ class Inventory:
     def _given(self) -> str:
         if self.source is None:
             return f"{self.argument}=embedded photos"
-        return f"{self.argument}={self.source if isinstance(self.source, str | Path) else first_five(self.source)}"
+        return (
+            f"{self.argument}={self.source if isinstance(self.source, str | Path | Part) else first_five(self.source)}"
+        )
 
     def check_apart(self, output: Path, within: bool = False) -> None:
         """Refuse an output folder from which the next run would read, or in which input files lie; links are resolved.
@@ -113,8 +115,9 @@ def unused_files(source: Source, used: Iterable[Path], reasons: Mapping[Path, st
 
 def _folders(source: Source) -> list[Path]:
     """The folders among one source or several."""
-    sources: Sequence[str | Path] = [source] if isinstance(source, str | Path) else source
-    return [folder for folder in (Path(part).expanduser() for part in sources) if folder.is_dir()]
+    sources = [source] if isinstance(source, str | Path | Part) else source
+    paths = [Path(part.source if isinstance(part, Part) else part).expanduser() for part in sources]
+    return [path for path in paths if path.is_dir()]
 
 
 def _files(folder: Path) -> Iterator[Path]:

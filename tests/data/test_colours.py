@@ -229,7 +229,7 @@ def test_every_data_set_gives_the_readers_colours(tmp_path: Path) -> None:
     expected = by_library(stored, ADOBE_ICC)
     assert np.abs(expected - stored).mean() > 5
     pair = Pairs(tmp_path / "lq", tmp_path / "hq")[0]
-    training = HQImages(tmp_path / "hq", crop_size=64, flips=False)
+    training = HQImages(tmp_path / "hq", crop_size=64, flips="none")
     window = tmp_path / "hq" / "m.csv"
     window.write_text("image_path,top,left,side\na.png,16,32,32\n")
     found = {
@@ -237,7 +237,7 @@ def test_every_data_set_gives_the_readers_colours(tmp_path: Path) -> None:
         "low": (pair["lq"], expected[:16, :16]),
         "prediction": (LQImages(tmp_path / "hq")[0]["lq"], expected),
         "training": (training[(0, 0, 0)]["hq"], expected),
-        "window": (HQImages(window, crop_size=32, flips=False)[(0, 0, 0)]["hq"], expected[16:48, 32:64]),
+        "window": (HQImages(window, crop_size=32, flips="none")[(0, 0, 0)]["hq"], expected[16:48, 32:64]),
         "validation": (DegradedCrops(tmp_path / "hq", 32, [0], None)[3]["hq"], expected[32:, 32:]),
     }
     for kind, (read, colour) in found.items():

@@ -27,6 +27,7 @@ import data
 from data import Photos, SRData
 from data.datasets import DegradedCrops, HQImages, LQImages, Pairs
 from data.degradations.config import DegradationConfig, preset
+from data.images import Part
 from data.photos import CAPTIONS, PHOTOS
 
 
@@ -202,6 +203,17 @@ class TestSources:
         assert [type(loader.dataset) for loader in datamodule.test_dataloader()] == [Pairs, LQImages]
         assert datamodule.dataset_names == {"val": ["hq", "A"], "test": ["A", "test_LR"]}
 
+    def test_a_part_of_a_folder_of_pairs_is_of_its_good_photos(self, tmp_path: Path) -> None:
+        pairs = benchmark(tmp_path / "A")
+        whole, part = small(train=pairs), small(train=[Part(pairs, first=1, weight=2), pairs])
+        for module in (whole, part):
+            module.setup("fit")
+        assert whole.train_images is not None
+        assert part.train_images is not None
+        names = [whole.train_images.paths[0]] * 2 + list(whole.train_images.paths)
+        assert list(part.train_images.paths) == names
+        assert all("test_HR" in path.parts for path in names)
+
     def test_sets_of_one_name_are_told_apart_by_the_folder_above(self, tmp_path: Path) -> None:
         datamodule = small(test=[benchmark(tmp_path / "x" / "RealSR"), benchmark(tmp_path / "y" / "RealSR")])
         datamodule.setup("test")
@@ -215,9 +227,9 @@ class TestSources:
         assert datamodule.val_dataloader() == []
 
     def test_crops_and_flips_and_degradation_are_passed_on(self, hq: Path) -> None:
-        datamodule = small(train=str(hq), flips=False, seed=4, degradation="bicubic", scale=2, on_error="raise")
+        datamodule = small(train=str(hq), flips="none", seed=4, degradation="bicubic", scale=2, on_error="raise")
         datamodule.setup("fit")
-        expected = HQImages(hq, 2, 16, None, 4, on_error="raise", flips=False)
+        expected = HQImages(hq, 2, 16, None, 4, on_error="raise", flips="none")
         assert datamodule.train_images is not None
         for key in ((0, 1, 2), (3, 4, 5)):
             assert torch.equal(datamodule.train_images[key]["lq"], expected[key]["lq"])
@@ -421,6 +433,12 @@ class TestConfiguration:
         assert own.degradation.config.first.sigma == (1, 2)
         assert own.degradation.config.second == DegradationConfig().second
         assert self.parse("--data=data.SRData", '--data.train=["a", "b"]').train == ["a", "b"]
+        parsed = self.parse(
+            "--data=data.SRData", '--data.train=["a", {source: b, first: 3}]', "--data.flips=horizontal"
+        )
+        assert parsed.train[0] == "a"
+        assert (parsed.train[1].source, parsed.train[1].first, parsed.train[1].weight) == ("b", 3, 1)
+        assert parsed.flips == "horizontal"
 
     @pytest.mark.parametrize("overlay", sorted((Path(data.__file__).parent / "configs").glob("*.yaml")), ids=str)
     def test_overlays_fit_the_signature_and_say_where_data_comes_from(self, overlay: Path) -> None:

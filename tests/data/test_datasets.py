@@ -19,7 +19,7 @@ from data.benchmarks import load_benchmark
 from data.datasets import DegradedCrops, HQImages, LQImages, Pairs, Prompts, degrade, resize_by, unique_names
 from data.degradations.config import preset
 from data.degradations.realesrgan import Degradation, bicubic_downsample
-from data.images import ImageError, read_image
+from data.images import ImageError, Part, read_image
 from data.sampler import StreamSampler
 
 
@@ -46,7 +46,7 @@ def photos(tmp_path: Path) -> Path:
 
 class TestHQImages:
     def test_sample_is_a_crop_of_its_photo_and_its_bicubic_half(self, photos: Path) -> None:
-        dataset = HQImages(photos, scale=2, crop_size=32, seed=7, flips=False)
+        dataset = HQImages(photos, scale=2, crop_size=32, seed=7, flips="none")
         sample = dataset[(0, 2, 99)]
         hq, photo = hwc(sample["hq"]), read_image(photos / "2.png")
         windows = np.lib.stride_tricks.sliding_window_view(photo, (32, 32), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
@@ -63,10 +63,40 @@ class TestHQImages:
         seen = {dataset[(epoch, 0, 0)]["hq"].numpy().tobytes() for epoch in range(100)}
         turned = [np.rot90(side, k) for side in (photo, photo[:, ::-1]) for k in range(4)]
         assert seen == {side.transpose(2, 0, 1).tobytes() for side in turned}
-        plain = HQImages(tmp_path, scale=4, crop_size=16, flips=False)
+        plain = HQImages(tmp_path, scale=4, crop_size=16, flips="none")
         assert {plain[(epoch, 0, 0)]["hq"].numpy().tobytes() for epoch in range(20)} == {
             photo.transpose(2, 0, 1).tobytes()
         }
+        mirrored = HQImages(tmp_path, scale=4, crop_size=16, flips="horizontal")
+        assert {mirrored[(epoch, 0, 0)]["hq"].numpy().tobytes() for epoch in range(20)} == {
+            side.transpose(2, 0, 1).tobytes() for side in (photo, photo[:, ::-1])
+        }
+        with pytest.raises(ValueError, match="flips=True is unknown; set flips to one of none, horizontal, all"):
+            HQImages(tmp_path, scale=4, crop_size=16, flips=True)  # type: ignore[arg-type]  # the mistake under test
+
+    def test_first_counts_photos_and_weight_their_draws(
+        self, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rows = ["3.png,0,0,16", "1.png,0,0,16", "3.png,9,9,16", "0.png,0,0,16"]
+        (photos / "m.csv").write_text("\n".join(["path,top,left,side", *rows, ""]))
+
+        def drawn(*source: str | Part) -> list[str]:
+            dataset = HQImages(list(source), 4, 16)
+            return [dataset[(0, index, 0)]["name"] for index in range(len(dataset))]
+
+        assert drawn(Part(str(photos), first=2)) == ["0", "1"]
+        assert drawn(Part(str(photos / "m.csv"), first=2)) == ["3", "1", "3"]
+        assert drawn(Part(str(photos), 1, 3), str(photos / "2.png")) == ["0", "0", "0", "2"]
+        assert not caplog.records
+        assert drawn(Part(str(photos), first=9)) == ["0", "1", "2", "3"]
+        assert "photos has 4 photos, fewer than first=9; all are taken" in caplog.text
+        left = HQImages(Part(str(photos), first=3, weight=2), 4, 16).inventory("train")
+        assert str(left) == (
+            f"train={photos} (first 3, weight 2): 3 images (photos to degrade); not used: 2 files (1 .png, 1 .csv)"
+        )
+        for wrong in ({"first": 0}, {"weight": 0}):
+            with pytest.raises(ValueError, match=r"(first|weight)=0 of .* is out of range; set (first|weight) >= 1"):
+                Part(str(photos), **wrong)
 
     def test_depends_on_seed_epoch_and_index_but_not_on_position_or_what_came_before(self, photos: Path) -> None:
         degradation = Degradation(preset("osediff"))
@@ -97,7 +127,7 @@ class TestHQImages:
     def test_small_photo_is_continued_by_reflection(self, tmp_path: Path) -> None:
         photo = noise(10, 40)
         save(tmp_path / "a.png", photo)
-        hq = hwc(HQImages(tmp_path, scale=4, crop_size=24, flips=False)[(0, 0, 0)]["hq"])
+        hq = hwc(HQImages(tmp_path, scale=4, crop_size=24, flips="none")[(0, 0, 0)]["hq"])
         rows = [*range(10), *range(8, -1, -1), *range(1, 6)]  # 0..9, back 8..0, on 1..5: no edge row twice
         left = next(x for x in range(17) if (photo[:, x : x + 24] == hq[:10]).all())
         np.testing.assert_array_equal(hq, photo[rows, left : left + 24])
@@ -134,7 +164,7 @@ class TestHQImages:
         assert [dataset[(0, i, 0)]["name"] for i in range(5)] == ["0", "1", "1", "2", "3"]
         half = resize_by(read_image(photos / "1.png"), 0.5)
         assert half.shape == (28, 30, 3)
-        window = HQImages(photos, 4, 28, rescales={"1": (0.5,)}, flips=False)[(0, 1, 0)]["hq"]
+        window = HQImages(photos, 4, 28, rescales={"1": (0.5,)}, flips="none")[(0, 1, 0)]["hq"]
         assert any(np.array_equal(half[:, x : x + 28], hwc(window)) for x in range(3))
         first, second = (dataset[(0, 2, 0)]["hq"] for _ in range(2))  # the second from the cache
         assert torch.equal(first, second)
@@ -154,7 +184,7 @@ class TestHQImages:
             "image_path,top,left,side,prompt\nphotos/2.png,5,7,16,first\nphotos/2.png,48,44,16,corner\n"
             "photos/0.png,0,1,16,\nphotos/2.png,0,0,16,last\n"
         )
-        dataset = HQImages(tmp_path / "m.csv", 4, 16, flips=False)
+        dataset = HQImages(tmp_path / "m.csv", 4, 16, flips="none")
         photo, other = read_image(photos / "2.png"), read_image(photos / "0.png")
         expected = [photo[5:21, 7:23], photo[48:64, 44:60], other[:16, 1:17], photo[:16, :16]]
         for epoch in range(3):
@@ -170,7 +200,7 @@ class TestHQImages:
         self, photos: Path, tmp_path: Path, cache: bool
     ) -> None:
         (tmp_path / "m.csv").write_text("path,top,left,side\nphotos/3.png,10,20,14\nphotos/3.png,0,0,13\n")
-        dataset = HQImages(tmp_path / "m.csv", 4, 12, flips=False, cache=cache)
+        dataset = HQImages(tmp_path / "m.csv", 4, 12, flips="none", cache=cache)
         photo = read_image(photos / "3.png")
         for item, (top, left, side) in enumerate([(10, 20, 14), (0, 0, 13)]):
             places = [(y, x) for y in range(top, top + side - 11) for x in range(left, left + side - 11)]

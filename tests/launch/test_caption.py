@@ -386,7 +386,7 @@ def test_training_sees_the_captioned_patches_with_their_captions(
 ) -> None:
     assert caption(photos, tmp_path / name) == 0
     data = SRData(
-        train=str(tmp_path / name), crop_size=16, batch_size=5, num_workers=0, degradation="bicubic", flips=False
+        train=str(tmp_path / name), crop_size=16, batch_size=5, num_workers=0, degradation="bicubic", flips="none"
     )
     data.setup("fit")
     samples = [
