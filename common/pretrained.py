@@ -330,7 +330,10 @@ def _no_bars() -> Iterator[None]:
 
 def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) -> None:
     """Refuse a checkpoint that predicts something else; the usual mistake is SD 2.1 (768 px, v) for 2.1-base."""
-    unet = _read_config(_locate(pretrained, unet_subfolder, weights=False).root, unet_subfolder, pretrained)
+    try:
+        unet = _read_config(_locate(pretrained, unet_subfolder, weights=False).root, unet_subfolder, pretrained)
+    except WeightsNotFoundError:  # a folder of VAE, text encoder and schedule; who needs the U-Net fails on loading it
+        unet = {}
     is_768 = unet.get("sample_size") == 96 and unet.get("cross_attention_dim") == 1024
     try:
         found = load_schedule_config(pretrained).get("prediction_type", "epsilon")

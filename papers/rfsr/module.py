@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ from papers.rfsr.base import BaseSR
 from papers.rfsr.bases import Base, Conditions, Description
 from papers.rfsr.drift import plot_drift
 from papers.rfsr.sampling import advance, bands, trained_steps
+
+log = logging.getLogger(__name__)
 
 HINGE = 2.0
 """ReFL's: a reward above it is good enough. CLIP-IQA never reaches it."""
@@ -76,10 +79,10 @@ def _trainable_by(reward: Reward) -> Reward:
 
 
 class Reference(NamedTuple):
-    """What theta' says at the same z_t: its noise, and the image that this makes, (B,3,H,W) in [0,1]."""
+    """The output of theta' at the same z_t: its noise, and for `gram` the image of it, (B,3,H,W) in [0,1]."""
 
     eps: Tensor
-    x_01: Tensor
+    x_01: Tensor | None
 
 
 class RFSR(BaseSR):
@@ -98,6 +101,7 @@ class RFSR(BaseSR):
         wavelet: Of that band: one level of `haar` (the paper), or the released code's `dtcwt3`.
         lambda_dwt: Weight of the early loss.
         rewards: Weight of each reward of the late steps, by name; see `common.rewards.build_reward`.
+        reward_args: Further arguments of a reward, by its name, e.g. {imagereward: {weights: ImageReward.pt}}.
         reward_prompt: Whether rewards read the text that the generator may have lost (`kept`), or the `same`.
         regulariser: What holds late steps to the base: Gram matrices (`gram`), noise (`kl`), adapters in the place of
             weights (`lora`), or `none`.
@@ -128,6 +132,7 @@ class RFSR(BaseSR):
         wavelet: Wavelet = "haar",
         lambda_dwt: float = 5e-4,
         rewards: dict[str, float] | None = None,
+        reward_args: dict[str, dict[str, Any]] | None = None,
         reward_prompt: Literal["kept", "same"] = "kept",
         regulariser: Literal["gram", "kl", "lora", "none"] = "gram",
         lambda_r: float = 5e-5,
@@ -146,6 +151,9 @@ class RFSR(BaseSR):
         self.rollout_kind, self.train_cfg_scale, self.lora_rank = rollout, train_cfg_scale, lora_rank
         self.early_loss, self.wavelet, self.lambda_dwt = early_loss, wavelet, lambda_dwt
         self.reward_weights = {"clipiqa": 5e-5, "imagereward": 5e-5} if rewards is None else rewards
+        self.reward_args = reward_args or {}
+        if unknown := sorted(set(self.reward_args) - set(self.reward_weights)):
+            raise ValueError(f"reward_args is for {unknown}, which are not in rewards={list(self.reward_weights)}")
         self.reward_prompt, self.reference_kind, self.measure_drift = reward_prompt, reference, measure_drift
         self.gram_options = (gram_weights, gram_width, gram_features, gram_distance)
         # a band without a loss has no step that could be trained
@@ -175,7 +183,9 @@ class RFSR(BaseSR):
         if self.regulariser == "gram" or self.measure_drift:
             weights, width, features, distance = self.gram_options
             self.gram = GramKL("random" if is_architecture_only() else weights, width, features, distance)
-        self.rewards = nn.ModuleDict({name: _trainable_by(build_reward(name)) for name in self.reward_weights})
+        self.rewards = nn.ModuleDict(
+            {name: _trainable_by(build_reward(name, **self.reward_args.get(name, {}))) for name in self.reward_weights}
+        )
 
     def _untouched(self) -> dict[str, nn.Parameter]:
         """What is trained, as the base has it: read once more where a checkpoint has been loaded over it."""
@@ -234,7 +244,13 @@ class RFSR(BaseSR):
             self.ema.start(self.all_trainable())
         for reward in self.rewards.values():
             assert isinstance(reward, Reward)
-            if reward.prompted and self.base.text_source != "tagger":
+            if reward.prompted and self.base.text_source == "none" and not self._has_prompts("train"):
+                log.warning(
+                    "rewards=%s scores every image for the empty text: base.tagger gives no tags and no training image "
+                    "has a prompt; give papers.rfsr.TagFiles or data.prompts, or leave this reward out",
+                    reward.name,
+                )
+            elif reward.prompted and self.base.text_source == "data":
                 self.check_prompts(f"rewards={reward.name}")
             reward.load(self.device)
 
@@ -318,7 +334,7 @@ class RFSR(BaseSR):
         controls = self.base.controls(z_t, t, c, self.train_cfg_scale) if shared else None
         with self.as_it_was():
             eps = self.base.predict(z_t, t, c, self.train_cfg_scale, controls)
-            return Reference(eps, self.image(z_t, eps, t))
+            return Reference(eps, self.image(z_t, eps, t) if self.regulariser == "gram" else None)
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -349,6 +365,7 @@ class RFSR(BaseSR):
         """Eq. 6 on the images' Gram matrices; or |eps - eps'|^2 (Table 4's KL)."""
         if self.regulariser == "gram":
             assert self.gram is not None
+            assert reference.x_01 is not None
             loss = self.gram(x_01, reference.x_01).mean()
         else:
             loss = (eps - reference.eps).square().sum((1, 2, 3)).mean()

@@ -1,5 +1,6 @@
 """The bases: which input reaches which network, what they start from, and how they are taken away."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,12 @@ class TestSeeSR:
         with pytest.raises(ValueError, match=r"base.tagger=null: SeeSR needs tags and image tokens; give papers\.rfsr"):
             base.configure()
         SeeSR(sd, seesr, Untagged(5, 10)).configure()
+
+    def test_the_pretrained_folder_needs_no_unet(self, sd: str, seesr: str, tmp_path: Path) -> None:
+        shutil.copytree(sd, tmp_path / "sd", ignore=shutil.ignore_patterns("unet", "controlnet"))
+        base = SeeSR(str(tmp_path / "sd"), seesr, Untagged(5, 10))
+        base.configure()
+        assert base.config["prediction_type"] == "epsilon"
 
     def test_checkpointing_changes_no_gradient(self, make: Make, batch: Batch) -> None:
         found = []

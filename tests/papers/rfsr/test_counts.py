@@ -75,7 +75,9 @@ class TestAblations:
         [("none", {}), ("clipiqa", {"clipiqa": 5e-5}), ("imagereward", {"imagereward": 5e-5})],
     )
     def test_table_3_takes_rewards_away(self, overlay: str, rewards: dict[str, float]) -> None:
-        assert settings(f"rewards_{overlay}")["rewards"] == rewards
+        found = settings(f"rewards_{overlay}")
+        assert found["rewards"] == rewards
+        assert found["regulariser"] == ("gram" if rewards else "none")  # "only L_dwt" in the first row
 
     @pytest.mark.parametrize(
         ("overlay", "key", "value"),

@@ -22,7 +22,8 @@ from common.conditioning.text import encode_prompts
 from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
 from common.draws import Draws, generator
 from common.losses import GramKL, dwt_low
-from papers.rfsr import RFSR, BaseSR
+from common.pretrained import WeightsNotFoundError
+from papers.rfsr import RFSR, BaseSR, Untagged
 from papers.rfsr import module as rfsr_module
 from papers.rfsr.bases import Base, Conditions, Description
 
@@ -238,7 +239,11 @@ class TestGraph:
     ) -> None:
         run = train(make(regulariser=regulariser), batch, LATE)
         counts = run.tape.counts
-        assert (counts["unet"], counts["controlnet"], counts["decode"]) == (LATE + more, LATE + more, 1 + more)
+        assert (counts["unet"], counts["controlnet"], counts["decode"]) == (
+            LATE + more,
+            LATE + more,
+            2 if regulariser == "gram" else 1,  # noise is compared without images
+        )
 
     def test_an_early_step_does_not_ask_it(self, make: Make, batch: Batch) -> None:
         counts = train(make(), batch, EARLY).tape.counts
@@ -458,6 +463,33 @@ class TestPrompts:
         assert set(texts) == {"", "x"}
         assert 160 < texts.count("") < 240
         assert model.dropped(["x"] * 3, Draws(0, torch.tensor([7, 8, 9]))) == texts[7:10]
+
+
+class TestRewardArguments:
+    def test_they_reach_the_rewards_class(self, make: Make) -> None:
+        arguments = {"imagereward": {"weights": "elsewhere/ImageReward.pt"}}
+        with pytest.raises(WeightsNotFoundError, match=r"weights='elsewhere/ImageReward\.pt' is no existing file"):
+            make(rewards={"imagereward": 1.0}, reward_args=arguments)
+
+    def test_a_metric_of_pyiqa_becomes_a_reward_to_train_on(self, make: Make) -> None:
+        with pytest.raises(ValueError, match="has no gradient"):
+            make(rewards={"pyiqa:musiq": 1.0})
+        model = make(rewards={"pyiqa:musiq": 1.0}, reward_args={"pyiqa:musiq": {"differentiable": True}})
+        assert model.rewards["pyiqa:musiq"].differentiable
+
+    def test_arguments_of_no_reward_are_refused(self, make: Make) -> None:
+        with pytest.raises(ValueError, match=r"reward_args is for \['clipiqa'\], which are not in rewards"):
+            make(reward_args={"clipiqa": {}})
+
+    @pytest.mark.parametrize("prompts", [True, False])
+    def test_a_reward_that_reads_texts_warns_where_there_are_none(
+        self, make: Make, batch: Batch, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, prompts: bool
+    ) -> None:
+        model = make("seesr", {"tagger": Untagged(5, 10)})
+        monkeypatch.setattr(type(model.rewards["bright"]), "prompted", True)
+        monkeypatch.setattr(RFSR, "_has_prompts", lambda self, split: prompts)
+        train(model, batch, LATE)
+        assert ("rewards=bright scores every image for the empty text" in caplog.text) is not prompts
 
 
 class TestReference:
