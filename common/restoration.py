@@ -225,6 +225,31 @@ class RestorationModule(TrainingModule):
         super().on_fit_start()
         self._check_tile()
 
+    def on_validation_start(self) -> None:
+        """Refuse a validation, as a command, of which no metric can be computed."""
+        if self._trainer is not None and self.trainer.state.fn == "validate":
+            self._refuse_without_metrics()
+        super().on_validation_start()
+
+    def on_test_start(self) -> None:
+        """Refuse a test of which no metric can be computed."""
+        if self._trainer is not None:
+            self._refuse_without_metrics()
+        super().on_test_start()
+
+    def _refuse_without_metrics(self) -> None:
+        """Find out before the work whether a metric can be made.
+
+        Raises:
+            MetricUnavailableError: None of those asked for can.
+        """
+        reasons = [reason for reason in map(self._metric, self.inference.metrics) if isinstance(reason, str)]
+        if reasons and len(reasons) == len(self.inference.metrics):
+            raise MetricUnavailableError(f"{self._none_computed()}: {'; '.join(reasons)}")
+
+    def _none_computed(self) -> str:
+        return f"model.inference.metrics={self.inference.metrics}: none of them can be computed"
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score and preview a batch."""
         dataset = self._dataset_name("val", dataloader_idx)
@@ -387,24 +412,47 @@ class RestorationModule(TrainingModule):
             mean = sum(numbers) / len(numbers)
             self.log(f"{stage}/{dataset}/{metric}{suffix}", mean, rank_zero_only=True, prog_bar=not suffix)
 
+    def _refuse_without_numbers(self, scores: list[Score]) -> None:
+        """Fail, after all is written, where no image has a number.
+
+        Raises:
+            MetricUnavailableError: No metric has a number of any image.
+        """
+        if not scores and self.inference.metrics:
+            log.warning("%s: they compare with references, and no set has any", self._none_computed())
+        elif scores and all(score.value is None for score in scores):
+            raise MetricUnavailableError(f"{self._none_computed()}: {'; '.join(lacking(scores))}")
+
     def on_validation_epoch_end(self) -> None:
-        """Log means and previews."""
-        self._log_means("val", self._gathered_scores())
+        """Log means and previews.
+
+        Raises:
+            MetricUnavailableError: Validation is the command, and no image has a number.
+        """
+        scores = self._gathered_scores()
+        self._log_means("val", scores)
         for dataset, rows in self._previews.items():
             width = min(row.shape[-1] for row in rows)
             grid = torch.cat([row[..., :width] for row in rows], dim=-2)
             self.show_image(f"val/{dataset}: lq | bicubic | sr | hq", grid)
         self._previews.clear()
         super().on_validation_epoch_end()
+        if self.trainer.state.fn == "validate":
+            self._refuse_without_numbers(scores)
 
     def on_test_epoch_end(self) -> None:
-        """Log means and write every image's scores to metrics.csv."""
+        """Log means and write every image's scores to metrics.csv.
+
+        Raises:
+            MetricUnavailableError: No image has a number.
+        """
         scores = self._gathered_scores()
         self._log_means("test", scores)
         path = self._results() / "test" / "metrics.csv"  # asked for by all processes: trainer.log_dir is a broadcast
         if self.trainer.is_global_zero and scores:
             write_scores(path, scores)
         super().on_test_epoch_end()
+        self._refuse_without_numbers(scores)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

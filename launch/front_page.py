@@ -20,7 +20,9 @@ def table(root: Path = ROOT) -> str:
         folder = package.parent
         line = (ast.get_docstring(ast.parse(package.read_text())) or "").splitlines()[0].rstrip(".")
         demos = ", ".join(file.stem.partition("_")[2] for file in sorted(folder.glob("configs/demo/*.yaml")))
-        configs = ", ".join(f"`{file.stem}`" for file in sorted(folder.glob("configs/*.yaml")))
+        configs = ", ".join(
+            f"`{file.stem}`" for file in sorted(folder.glob("configs/*.yaml")) if file.stem != "metrics"
+        )
         rows.append(f"| [{folder.name}](papers/{folder.name}) | {line} | {demos} | {configs} |")
     return "\n".join(rows)
 

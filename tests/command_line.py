@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 from launch.lightning_cli import IsrCLI
 
@@ -24,7 +25,16 @@ for command in json.loads(sys.argv[1]):
 
 
 class ParseOnly(IsrCLI):
-    """The command line as far as its arguments are understood; nothing is built."""
+    """The command line as far as its arguments are understood; nothing is built. All share a parser."""
+
+    _made: ClassVar[dict[str, Any]] = {}
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        names = ("parser", "_subcommand_method_arguments", "_subcommand_parsers", "_others")
+        if not self._made:
+            super().setup_parser(*args, **kwargs)
+            self._made.update({name: getattr(self, name) for name in names})
+        vars(self).update(self._made)
 
     def instantiate_classes(self) -> None:
         return

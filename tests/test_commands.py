@@ -7,16 +7,19 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from common.images import write_png
 from launch import caption, compare, parameters
 from launch.cli import COMMANDS
+from launch.comparison.measures import KNOWN
 from launch.errors import UsageError
 
 from .command_line import ROOT, ParseOnly
@@ -58,10 +61,10 @@ def words_of(lines: Iterator[str]) -> Iterator[list[str]]:
                 yield words
 
 
+DISTINCT = {tuple(words): page for page in PAGES for words in words_of(commands(page))}
 CALLS = [
-    pytest.param(words, id=f"{page.parent.name if page.parent != ROOT else page.stem}: {' '.join(words)[:100]}")
-    for page in PAGES
-    for words in words_of(commands(page))
+    pytest.param([*words], id=f"{page.parent.name if page.parent != ROOT else page.stem}: {' '.join(words)[:100]}")
+    for words, page in DISTINCT.items()
 ]
 PRINTED = [call for call in CALLS if call.values[0][0] == "isr"]
 
@@ -74,7 +77,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / folder).symlink_to(ROOT / folder)
     for folder in ("photos", "my_photos", "PHOTOS", "DIV2K/DIV2K_train_HR", "LSDIR/HR_merge", "osediff"):
         write_png(root / folder / "a.png", np.zeros((64, 64, 3), np.uint8))
-    for name in ("RealSR", "DRealSR"):
+    crops = ("RealSRVal_crop128", "DrealSRVal_crop128", "DIV2K_V2_val")
+    for name in ("RealSR", "DRealSR", *(f"StableSR_testsets/{folder}" for folder in crops)):
         for part, side in (("test_LR", 16), ("test_HR", 64)):
             write_png(root / name / part / "a.png", np.zeros((side, side, 3), np.uint8))
     (root / "texts").mkdir()
@@ -132,6 +136,78 @@ def test_a_printed_command_is_understood(words: list[str], place: Path, monkeypa
         assert not rest, f"{command} is not known here; teach this test how to read its arguments"
 
 
+class Row(NamedTuple):
+    """A line of a card's section Tables: which row of which table its last command measures."""
+
+    paper: str
+    table: str
+    name: str
+    test: list[str]
+
+
+def rows() -> Iterator[Row]:
+    for page in ROOT.glob("papers/*/README.md"):
+        block = page.read_text().partition("\n## Tables\n")[2].partition("```bash\n")[2].partition("```")[0]
+        lines = block.replace("\\\n", " ").splitlines()
+        variables, table = [line for line in lines if re.match(r"\w+=", line)], ""
+        for line in lines:
+            if line.startswith("# "):
+                table = line[2:]
+            elif "  # " in line:
+                *_, words = words_of(iter([*variables, line]))
+                yield Row(page.parent.name, table, line.partition("  # ")[2], words)
+
+
+ROWS = list(rows())
+
+
+def given(words: list[str], section: str, *keys: str) -> Any:
+    """A setting of the last config that has it."""
+    found: Any = None
+    for option, path in pairwise(words):
+        tree: Any = yaml.safe_load((ROOT / path).read_text()) if option == "-c" else {}
+        for key in (section, "init_args", *keys):
+            tree = tree.get(key, {}) if isinstance(tree, dict) else {}
+        found = tree or found
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row.paper}, {row.table}: {row.name}" for row in ROWS])
+def test_a_tables_row_is_tested_on_the_papers_sets_by_its_metrics(row: Row) -> None:
+    results = yaml.safe_load((ROOT / "papers" / row.paper / "results.yaml").read_text())
+    tables = [table for table in results["tables"] if table["table"].startswith(row.table)]
+    tables = [table for table in tables if any(row.name in named for named in table["rows"].values())]
+    assert tables, "results.yaml has no such row"
+    assert row.test[:2] == ["isr", "test"]
+    metrics = given(row.test, "model", "inference", "metrics")
+    assert set(metrics) <= KNOWN.keys()
+    flag = dict(pairwise(row.test)).get("--data.test")
+    sets = yaml.safe_load(flag) if flag else given(row.test, "data", "test")
+    folders = [re.sub(r"\W|_", "", Path(folder).name).lower() for folder in sets]
+    for table in tables:
+        for column in set(table["columns"]) - {"fid", "vq_r1"}:
+            assert any(metric.removeprefix("pyiqa:").startswith(column) for metric in metrics), column
+        for name, named in table["rows"].items():
+            if row.name in named and name not in ("unnamed",):
+                assert any(folder.startswith(name.partition("-")[0].lower()) for folder in folders), name
+
+
+def test_every_overlay_of_a_papers_table_has_its_row() -> None:
+    used = {word for words in DISTINCT for word in words if "/ablations/" in word}
+    for paper in {row.paper for row in ROWS}:
+        for path in (ROOT / "papers" / paper / "configs" / "ablations").glob("*.yaml"):
+            of_a_table = re.match(r"# (Table|Supplement Table|D3SR Table 4a)", path.read_text())
+            at_test = path.stem.startswith("steps_") or path.stem == "prompt_llava"  # rows by a flag
+            assert not of_a_table or at_test or str(path.relative_to(ROOT)) in used, path
+
+
+def test_each_benchmark_that_is_restored_whole_says_how_it_lies() -> None:
+    path = ROOT / "data/configs/whole_benchmarks.yaml"
+    listed = yaml.safe_load(path.read_text())["data"]["init_args"]["test"]
+    assert all(f"# {folder}: " in path.read_text() for folder in listed)
+    assert {Path(folder).name for folder in listed} >= {"RealSR", "DRealSR", "RealSet65", "RealSet80", "RealLQ250"}
+
+
 def test_other_programs_of_the_pages_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for call in CALLS:
@@ -146,7 +222,7 @@ def test_other_programs_of_the_pages_are_there() -> None:
 
 
 def test_the_pages_print_commands_of_every_kind() -> None:
-    assert len(PRINTED) > 40
+    assert len(PRINTED) > 100
     assert {call.values[0][1] for call in PRINTED} >= {*LIGHTNING, "parameters", "compare", "caption", "export"}
 
 

@@ -5,9 +5,12 @@
 - A metric of pyiqa's that cannot be had says why, in one line, and none of them moves the global random states.
 """
 
+import ast
 import importlib.metadata
+import importlib.util
 import random
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -16,6 +19,8 @@ import torch
 
 from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, pyiqa_metric, to_uint8
 from common.rewards import build_reward
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def reference_image() -> np.ndarray:
@@ -419,3 +424,24 @@ class TestPyiqaMetrics:
         monkeypatch.setattr("pyiqa.archs.clipiqa_arch.load", no_download)
         with pytest.raises(MetricUnavailableError, match="RuntimeError: the loader of CLIP's weights was reached"):
             build_metric("pyiqa:clipiqa")
+
+
+def test_the_environment_has_what_pyiqas_metrics_import() -> None:
+    """By the sources of all its metrics that are offered: what is imported is in the tested set of versions."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    spec = importlib.util.find_spec("pyiqa")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "archs"
+    owners = importlib.metadata.packages_distributions()
+    lacking = set()
+    for path in [*folder.glob("*.py"), *folder.glob("q_align/*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"pyiqa"}:
+                known = {owner.lower().replace("_", "-") for owner in owners.get(top, [top])}
+                if not known & pinned:
+                    lacking.add(f"{path.name}: {top}")
+    assert not lacking

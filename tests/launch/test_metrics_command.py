@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from common.metrics import MetricUnavailableError
 from launch.cli import main
 from launch.comparison import measures
 
@@ -84,3 +86,35 @@ def test_what_cannot_be_fetched_is_said_in_a_line(
 def test_an_unknown_name_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["metrics", "fetch", "lpisp"]) == 2
     assert "metrics=lpisp is unknown; isr metrics list names all" in capsys.readouterr().err
+
+
+DEMO = str(Path(__file__).resolve().parents[2] / "papers/dfosd/configs/demo/01_dfosd.yaml")
+LITTLE = ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1", "--model.inference.metrics=[psnr_y]"]
+
+
+def _score(command: str, runs: Path) -> int:
+    return main([command, "-c", DEMO, f"--runs={runs}", "--ckpt_path=null", *LITTLE])
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_without_any_metric_nothing_is_restored_and_the_command_fails(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MetricUnavailableError("no such library here")
+
+    monkeypatch.setattr("common.restoration.build_metric", refuse)
+    assert _score(command, tmp_path) == 1
+    message = "model.inference.metrics=['psnr_y']: none of them can be computed: no such library here"
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_command_fails_where_no_image_has_a_number(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("common.restoration.measured", lambda *_: (None, "not computed: it is too dark"))
+    assert _score(command, tmp_path) == 1
+    assert "it is too dark" in capsys.readouterr().err.splitlines()[-1]
+    assert len(list(tmp_path.rglob("metrics.csv"))) == (command == "test")

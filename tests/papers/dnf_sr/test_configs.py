@@ -66,7 +66,7 @@ def test_the_cards_commands_are_understood(checkpoint: str, monkeypatch: pytest.
     words = [[f"--name={f.name}"] * bool(f.name) + [f"-c={file}" for file in f.config] for f in found["fit"]]
     names = [Given(["fit", *given]).run_name() for given in words]
     assert names == ["kontext_sft", "kontext_nf2t", "flux_dev_sft", "demo-sft", "demo-nf2t"]
-    assert len({tuple(fit.data.init_args.train) for fit in found["fit"][:3]}) == 1
+    assert len({str(fit.data.init_args.train) for fit in found["fit"][:3]}) == 1
     (chosen,), (tested,) = found["validate"], found["test"]
     assert chosen.model.init_args.inference.metrics == ["pyiqa:qalign"]
     assert tested.model.init_args.inference.metrics == TABLE_1
@@ -77,7 +77,7 @@ def test_the_cards_commands_are_understood(checkpoint: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_measures_table_1_and_restores_up_to_1024_px_whole(name: str) -> None:
-    model = build([CONFIGS / name])
+    model = build([CONFIGS / name, CONFIGS / "metrics.yaml"])
     assert isinstance(model, FlowRestorer)
     inference = model.inference
     assert inference.metrics == TABLE_1
@@ -98,8 +98,9 @@ def test_all_checkpoints_of_stage_two_are_kept() -> None:
 def test_the_photos_are_manifests_with_captions_of_the_crops_size() -> None:
     """So forgotten captions are an error: the file is not there."""
     photos = yaml.safe_load((ROOT / "data/configs/df2k_8k_ffhq.yaml").read_text())["data"]["init_args"]
-    assert all(source.endswith(".csv") for source in photos["train"])
+    sources = [source if isinstance(source, str) else source["source"] for source in photos["train"]]
+    assert all(source.endswith(".csv") for source in sources)
     (patch,) = {caption._parse("caption", words[1:]).patch for words in card_commands() if words[0] == "caption"}
     assert patch == photos["crop_size"] == 512
     with pytest.raises(FileNotFoundError, match=r"DIV2K_train_HR\.csv does not exist"):
-        SRData(**photos).setup("fit")
+        SRData(**photos | {"train": sources}).setup("fit")
