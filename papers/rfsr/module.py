@@ -106,7 +106,8 @@ class RFSR(BaseSR):
         regulariser: What holds late steps to the base: Gram matrices (`gram`), noise (`kl`), adapters in the place of
             weights (`lora`), or `none`.
         lambda_r: Weight of `gram` or `kl`.
-        gram_features: What Gram matrices are of: `layernorm` (released code) or `plain` features.
+        gram_features: Features whose Gram matrices are compared: `plain`, or `layernorm` as in the released code, which
+            needs a much larger `lambda_r`.
         gram_distance: Of two of them: `sq_frobenius` (Eq. 6) or the released code's `l1_mean`.
         gram_weights: Of VGG19: `pretrained`, `random` or a file.
         gram_width: Factor on its channels, for `random` only.
@@ -136,7 +137,7 @@ class RFSR(BaseSR):
         reward_prompt: Literal["kept", "same"] = "kept",
         regulariser: Literal["gram", "kl", "lora", "none"] = "gram",
         lambda_r: float = 5e-5,
-        gram_features: GramFeatures = "layernorm",
+        gram_features: GramFeatures = "plain",
         gram_distance: GramDistance = "sq_frobenius",
         gram_weights: str = "pretrained",
         gram_width: float = 1.0,
