@@ -661,7 +661,7 @@ class TestDraw:
         assert model.steps == [*range(1, 21), *range(41, 51)]
         drawn = []
         for n in range(3000):
-            model.train_step.fill_(n)
+            model._steps = n
             drawn.append(model.draw_step())
         counts = Counter(drawn)
         assert set(counts) == set(model.steps)
@@ -800,7 +800,7 @@ class TestStart:
         drawn: dict[int, list[int]] = {1: [], 2: []}
         for model in (one, two):
             for _ in range(12):
-                model.train_step += 1
+                model._steps += 1
                 drawn[model.accumulate].append(model.draw_step())
         assert len(set(drawn[1])) > 1
         assert drawn[2] == [step for step in drawn[1][:6] for _ in range(2)]
