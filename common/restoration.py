@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,12 @@ from common.color import color_fix
 from common.files import csv_text, inside, replacing
 from common.images import bicubic_upsample, write_png
 from common.large import upscale_large, write_tiff_rows
+from common.losses import IMAGE_LOSSES
+from common.losses.added import AddedLosses
 from common.made import refuse_alike, refuse_foreign
 from common.metrics import Image, MetricProtocol, MetricUnavailableError, build_metric, to_uint8
+from common.parameters import Row, count
+from common.pretrained import is_architecture_only
 from common.tiling import pad_to_multiple, tiled
 from common.training import Batch, TrainingModule
 
@@ -88,10 +92,17 @@ class RestorationModule(TrainingModule):
         ema_decay: Decay of the average of the trained weights, which then is what gets validated and tested.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
+        losses: Image losses added to the method's own, by name and weight, e.g. `{ea_dists: 0.5}`.
+        losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
+
+    Raises:
+        ValueError: A loss is unknown, or the method trains without a restored image.
     """
 
     size_multiple: int = 1
     """Low-quality images are padded to multiples of this before `restore`; set in `configure_networks`."""
+    takes_losses: ClassVar[bool] = True
+    """True for a method whose training step restores an image, which `losses` can compare."""
 
     def __init__(
         self,
@@ -101,8 +112,13 @@ class RestorationModule(TrainingModule):
         ema_decay: float | None = None,
         clip: float | None = 1.0,
         accumulate: int = 1,
+        losses: dict[str, float] | None = None,
+        losses_weights: str = "pretrained",
     ) -> None:
         super().__init__(seed, ema_decay, clip, accumulate)
+        self.losses, self.losses_weights = losses or {}, losses_weights
+        self.added_losses: AddedLosses | None = None
+        self._check_losses()
         self.scale, self.inference = scale, inference or Inference()
         tile, overlap = self.inference.tile, self.inference.overlap
         if tile is not None and (tile % scale or overlap % scale or not 0 <= overlap < tile):
@@ -115,6 +131,40 @@ class RestorationModule(TrainingModule):
         self._said: set[str] = set()  # why images have no number
         self._previews: dict[str, list[Tensor]] = defaultdict(list)
         self._metrics: dict[str, MetricProtocol | str] = {}
+
+    def _check_losses(self) -> None:
+        if self.losses and not self.takes_losses:
+            raise ValueError(
+                f"losses={self.losses}: {type(self).__name__} trains without a restored image; leave losses out"
+            )
+        for name in self.losses:
+            if name not in IMAGE_LOSSES:
+                raise ValueError(f"losses: {name} is no image loss; use {', '.join(IMAGE_LOSSES)}")
+
+    def configure_model(self) -> None:
+        """Build the networks, and those of the added losses where the method is trained."""
+        super().configure_model()
+        if self.losses and self._has_training and self.added_losses is None:
+            self.added_losses = AddedLosses(self.losses, "random" if is_architecture_only() else self.losses_weights)
+
+    def added_terms(self, x_01: Tensor, x_h_01: Tensor) -> list[Tensor]:
+        """The losses that the configuration adds, on restored images and their targets, (B,3,H,W), [0,1].
+
+        Returns:
+            Each loss's mean times its weight; empty where `losses` is. Each is logged without its weight.
+        """
+        if self.added_losses is None:
+            return []
+        values = self.added_losses(x_01, x_h_01)
+        self.log_dict({f"train/losses/{name}": value.detach() for name, value in values.items()})
+        return [self.losses[name] * value for name, value in values.items()]
+
+    def parameter_rows(self) -> list[Row]:
+        """The networks, and those of the added losses."""
+        rows = super().parameter_rows()
+        if self.added_losses is not None and (total := count(self.added_losses).total):
+            rows.append(Row("networks of the added losses", "base", total, 0))
+        return rows
 
     # What a method must offer
 

@@ -24,6 +24,7 @@ __all__ = [
     "DISTS",
     "EADISTS",
     "EALPIPS",
+    "IMAGE_LOSSES",
     "LPIPS",
     "GramKL",
     "LatentLPIPS",
@@ -47,22 +48,26 @@ __all__ = [
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
 
-_PIXEL = {"mse": mse, "l1": l1}
+_PIXEL = {"mse": mse, "l1": l1, "dwt": dwt_low_loss}
 _FEATURE: dict[str, Callable[[str, float], ImageLoss]] = {
     "dists": DISTS,
     "ea_dists": EADISTS,
     "lpips": LPIPS,
     "lpips_alex": partial(LPIPS, net="alexnet"),
     "ea_lpips": EALPIPS,
+    "gram": partial(GramKL, features="plain"),
 }
+IMAGE_LOSSES = (*_PIXEL, *_FEATURE)
+"""Names that `build_image_loss` knows."""
 
 
 def build_image_loss(name: str, weights: str = "random", width: float = 1.0) -> ImageLoss:
     """Make a loss by name, to be called as `loss(x_01, y_01)` with two (B, 3, H, W) batches in [0, 1]; gives (B,).
 
     Args:
-        name: `mse`, `l1`, `dists`, `ea_dists`, `lpips`, `lpips_alex` or `ea_lpips`. The first two are functions, the
-            others modules that have to be moved to the images' device.
+        name: `mse`, `l1`, `dwt` (low-frequency band), `dists`, `ea_dists`, `lpips`, `lpips_alex`, `ea_lpips` or `gram`
+            (Gram matrices of VGG19's plain features). The first three are functions, the others modules that have to
+            be moved to the images' device.
         weights: `pretrained`, `random` or a path, as for `VGGTrunk`; the pixel losses have none.
         width: Factor on the number of channels of `random` weights.
 
@@ -76,4 +81,4 @@ def build_image_loss(name: str, weights: str = "random", width: float = 1.0) -> 
         return _PIXEL[name]
     if name in _FEATURE:
         return _FEATURE[name](weights, width)
-    raise ValueError(f"name={name!r} is no image loss; use one of {', '.join([*_PIXEL, *_FEATURE])}.")
+    raise ValueError(f"name={name!r} is no image loss; use one of {', '.join(IMAGE_LOSSES)}.")

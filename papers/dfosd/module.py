@@ -53,7 +53,6 @@ class DFOSD(RestorationModule):
         perceptual: Perceptual loss.
         perceptual_weights: Of its VGG16: `pretrained`, `random` or a file.
         perceptual_width: Factor on its channels, for `random` only.
-        extra_losses: Further image losses by name and weight, e.g. `{l1: 0.5}`.
         discriminator: `nad` (the paper's), `latent` (Diffusion-GAN from scratch), `pixel` (CNN) or `none`.
         disc_pretrained: The discriminator's U-Net; default: the generator's base.
         disc_prompt: Its text input: the `empty` prompt, the generator's embedding (`shared_detached`) or `own_learned`.
@@ -70,6 +69,8 @@ class DFOSD(RestorationModule):
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
+        losses: Image losses added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
+        losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
     """
 
     trainable: ClassVar = {
@@ -97,7 +98,6 @@ class DFOSD(RestorationModule):
         perceptual: Literal["none", "lpips", "ea_lpips", "dists", "ea_dists"] = "ea_dists",
         perceptual_weights: str = "pretrained",
         perceptual_width: float = 1.0,
-        extra_losses: dict[str, float] | None = None,
         discriminator: Literal["nad", "latent", "pixel", "none"] = "nad",
         disc_pretrained: str | None = None,
         disc_prompt: Literal["empty", "shared_detached", "own_learned"] = "empty",
@@ -114,15 +114,17 @@ class DFOSD(RestorationModule):
         ema_decay: float | None = None,
         clip: float | None = 1.0,
         accumulate: int = 1,
+        losses: dict[str, float] | None = None,
+        losses_weights: str = "pretrained",
     ) -> None:
-        super().__init__(scale, inference, seed, ema_decay, clip, accumulate)
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights)
         self.save_hyperparameters()
         self.pretrained, self.timestep = pretrained, timestep
         self.lora_rank, self.lora_alpha, self.lora_time = lora_rank, lora_alpha, lora_time
         self.condition, self.embedding_init, self.embedding_tokens = condition, embedding_init, embedding_tokens
         self.lambda_gan, self.lambda_perceptual = lambda_gan, lambda_perceptual
         self.perceptual, self.perceptual_weights = perceptual, perceptual_weights
-        self.perceptual_width, self.extra_losses = perceptual_width, extra_losses or {}
+        self.perceptual_width = perceptual_width
         self.disc_kind, self.disc_pretrained = discriminator, disc_pretrained or pretrained
         self.disc_prompt, self.disc_hidden, self.share_noise = disc_prompt, disc_hidden, share_noise
         self.optimizer, self.disc_optimizer, self.disc_head_lr = optimizer, disc_optimizer, disc_head_lr
@@ -157,8 +159,7 @@ class DFOSD(RestorationModule):
         losses = {self.perceptual: self.lambda_perceptual} if self.perceptual != "none" else {}
         weights = "random" if is_architecture_only() else self.perceptual_weights
         self.image_losses = {
-            name: (build_image_loss(name, weights, self.perceptual_width), weight)
-            for name, weight in (*losses.items(), *self.extra_losses.items())
+            name: (build_image_loss(name, weights, self.perceptual_width), weight) for name, weight in losses.items()
         }
         self.loss_networks = nn.ModuleDict(
             {name: loss for name, (loss, _) in self.image_losses.items() if isinstance(loss, nn.Module)}
@@ -330,13 +331,15 @@ class DFOSD(RestorationModule):
             self.discriminator_step(z_h_hat.detach(), x_h_hat.detach(), x_h, draws)
 
     def spatial_loss(self, x_h_hat: Tensor, x_h: Tensor) -> Tensor:
-        """Line 8: MSE in [-1,1] plus the weighted perceptual (and any extra) losses in [0,1]; logs each."""
+        """Line 8: MSE in [-1,1], the weighted perceptual loss in [0,1], and what `losses` adds; logs each."""
         loss = mse(x_h_hat, x_h).mean()
         self.log("train/mse", loss.detach())
         for name, (image_loss, weight) in self.image_losses.items():
             value = image_loss(to_01(x_h_hat), to_01(x_h)).mean()
             self.log(f"train/{name}", value.detach())
             loss = loss + weight * value
+        for term in self.added_terms(to_01(x_h_hat), to_01(x_h)):
+            loss = loss + term
         return loss
 
     def discriminator_step(self, z_h_hat: Tensor, x_h_hat: Tensor, x_h: Tensor, draws: Draws) -> None:

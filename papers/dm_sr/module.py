@@ -23,9 +23,7 @@ from common.draws import Draws
 from common.figures import figure_to_tensor, noise_distribution, save_figure
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import (
-    ImageLoss,
     LatentLPIPS,
-    build_image_loss,
     distribution_matching_gradient,
     noise_gradient,
     score_surrogate,
@@ -83,8 +81,6 @@ class DMSR(RestorationModule):
         lambda_eps: Weight of the noise loss (equation 8).
         perceptual_weights: Of the latent LPIPS: InvSR's file, or `random`.
         perceptual_width: Factor on its channels, for `random` only.
-        extra_losses: Image losses on the decoded output by name and weight, e.g. `{lpips: 0.5}`; each needs a decoding.
-        extra_weights: Of their VGG16: `pretrained`, `random` or a file.
         dm_path: Where equation 7's gradient enters: at the `encoder`'s output, as printed, or at the image `latent`.
         dm_timestep: Its timestep: `uniform` over 1 .. 499, or the image's `predicted` one.
         noise_sign: Sign of equation 8: `corrected`, or as `printed`, which drives the noise away from its goal.
@@ -106,6 +102,8 @@ class DMSR(RestorationModule):
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
+        losses: Image losses added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
+        losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
     """
 
     prompt_embeds: Tensor
@@ -134,8 +132,6 @@ class DMSR(RestorationModule):
         lambda_eps: float = 1.0,
         perceptual_weights: str = "random",
         perceptual_width: float = 1.0,
-        extra_losses: dict[str, float] | None = None,
-        extra_weights: str = "pretrained",
         dm_path: Literal["encoder", "latent"] = "encoder",
         dm_timestep: Literal["uniform", "predicted"] = "uniform",
         noise_sign: Literal["corrected", "printed"] = "corrected",
@@ -156,8 +152,10 @@ class DMSR(RestorationModule):
         ema_decay: float | None = 0.999,
         clip: float | None = None,
         accumulate: int = 1,
+        losses: dict[str, float] | None = None,
+        losses_weights: str = "pretrained",
     ) -> None:
-        super().__init__(scale, inference, seed, ema_decay, clip, accumulate)
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights)
         self.save_hyperparameters()
         self.pretrained, self.timestep, self.estimator_path = pretrained, timestep, estimator
         self.prompt, self.captioner_id, self.num_steps = prompt, captioner, num_steps
@@ -165,7 +163,6 @@ class DMSR(RestorationModule):
         self.lambda_l1, self.lambda_per, self.lambda_adv = lambda_l1, lambda_per, lambda_adv
         self.lambda_dm, self.lambda_eps = lambda_dm, lambda_eps
         self.perceptual_weights, self.perceptual_width = perceptual_weights, perceptual_width
-        self.extra_losses, self.extra_weights = extra_losses or {}, extra_weights
         self.dm_path, self.dm_timestep = dm_path, dm_timestep
         self.noise_sign, self.noise_path = noise_sign, noise_path
         self.gan_loss, self.disc_start, self.disc_timestep = gan_loss, disc_start, disc_timestep
@@ -174,8 +171,6 @@ class DMSR(RestorationModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.encoder: TimeAwareEncoder | None = None
         self.perceptual: LatentLPIPS | None = None
-        self.image_losses: dict[str, tuple[ImageLoss, float]] = {}
-        self.loss_networks = nn.ModuleDict()
         self.discriminator: ControlNetDiscriminator | None = None
         self._noise: list[Tensor] = []  # of test images, for the plot: a sample of each tile's
         if num_steps < 1:
@@ -232,13 +227,6 @@ class DMSR(RestorationModule):
         weights = "random" if is_architecture_only() else self.perceptual_weights
         if self.lambda_per:
             self.perceptual = LatentLPIPS(weights, self.codec.latent_channels, self.perceptual_width)
-        self.image_losses = {
-            name: (build_image_loss(name, "random" if is_architecture_only() else self.extra_weights), weight)
-            for name, weight in self.extra_losses.items()
-        }
-        self.loss_networks = nn.ModuleDict(
-            {name: loss for name, (loss, _) in self.image_losses.items() if isinstance(loss, nn.Module)}
-        )
         if self.lambda_adv:
             self.discriminator = ControlNetDiscriminator(
                 self.codec.latent_channels,
@@ -264,7 +252,6 @@ class DMSR(RestorationModule):
             "VAE": self.codec,
             "discriminator": self.discriminator,
             "latent LPIPS": self.perceptual,
-            "further losses": self.loss_networks,
         }
         return {name: network for name, network in networks.items() if network is not None}
 
@@ -404,11 +391,9 @@ class DMSR(RestorationModule):
             place = x_sr if self.dm_path == "encoder" else z_sr
             terms["dm"] = self.lambda_dm * score_surrogate(g, place).mean()
             self.log("train/dm_gradient", g.abs().mean())
-        if self.image_losses:
-            x_hat = to_01(self.codec.decode(z_sr))
-            terms |= {name: weight * loss(x_hat, i_hr).mean() for name, (loss, weight) in self.image_losses.items()}
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        return torch.stack(list(terms.values())).sum()
+        added = self.added_terms(to_01(self.codec.decode(z_sr)), i_hr) if self.losses else []
+        return torch.stack([*terms.values(), *added]).sum()
 
     def noise_part(self, x_sr: Tensor, eps_sr: Tensor, h: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """L_eps (equation 8): a gradient, placed at X_SR (as printed) or at eps_SR; zero where it is switched off."""

@@ -88,7 +88,8 @@ class FlowRestorer(RestorationModule):
         optimizer: Of the adapters.
         lr_scheduler: Of that optimiser, stepped once an update.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        **kwargs: As for every method: `scale`, `inference`, `seed`, `ema_decay`, `clip`, `accumulate`.
+        **kwargs: As for every method: `scale`, `inference`, `seed`, `ema_decay`, `clip`, `accumulate`,
+            `losses`, `losses_weights`.
     """
 
     without_prompts = ", or set model.prompt to one text for all"

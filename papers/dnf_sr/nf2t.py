@@ -120,6 +120,7 @@ class NF2T(FlowRestorer):
     """
 
     trainable: ClassVar = {THETA: ("flow.transformer.*lora_*",)}
+    takes_losses = False
 
     def __init__(
         self,

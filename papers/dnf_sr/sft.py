@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.adapters import add_lora, vae_encoder_targets, without_adapters
 from common.denoisers.flux import FLUX_TARGETS
 from common.draws import Draws
-from common.images import to_pm1
+from common.images import to_01, to_pm1
 from common.losses import discriminator_loss, generator_loss, mse
 from common.training import Batch
 from papers.dnf_sr.module import FlowRestorer
@@ -132,7 +132,8 @@ class DNFSR(FlowRestorer):
             self.dists_kind: (self.lambda_dists, self.feature_loss(x_h_hat, x_h).mean()),
         }
         self.log_dict({f"train/{name}": value.detach() for name, (_, value) in terms.items()})
-        return torch.stack([weight * value for weight, value in terms.values()]).sum()
+        added = self.added_terms(to_01(x_h_hat), to_01(x_h))
+        return torch.stack([*(weight * value for weight, value in terms.values()), *added]).sum()
 
     def discriminator_step(self, discriminator: Discriminator, x_h_hat: Tensor, x_h: Tensor, draws: Draws) -> None:
         """L_D = 0.5 (BCE(D(x_H), 0.8) + BCE(D(x_H_hat), 0)), summed over levels, on a restoration without a graph."""

@@ -90,6 +90,8 @@ class F2IDiffSR(RestorationModule):
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
+        losses: Image losses added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
+        losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
     """
 
     trainable: ClassVar = {
@@ -143,8 +145,10 @@ class F2IDiffSR(RestorationModule):
         ema_decay: float | None = None,
         clip: float | None = 1.0,
         accumulate: int = 1,
+        losses: dict[str, float] | None = None,
+        losses_weights: str = "pretrained",
     ) -> None:
-        super().__init__(scale, inference, seed, ema_decay, clip, accumulate)
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights)
         self.save_hyperparameters()
         if negative_prompt and condition != "text":
             raise ValueError(
@@ -337,12 +341,12 @@ class F2IDiffSR(RestorationModule):
         return torch.cat(enlarged)
 
     def data_loss(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """L_data = lambda_mse MSE in [-1,1] + lambda_perceptual LPIPS; x_hat is in [-1,1], x in [0,1]."""
+        """L_data = lambda_mse MSE in [-1,1] + lambda_perceptual LPIPS + `losses`; x_hat is in [-1,1], x in [0,1]."""
         terms = {"mse": self.lambda_mse * mse(x_hat, to_pm1(x)).mean()}
         if self.image_loss is not None:
             terms[self.perceptual] = self.lambda_perceptual * self.image_loss(to_01(x_hat), x).mean()
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        return torch.stack(list(terms.values())).sum()
+        return torch.stack([*terms.values(), *self.added_terms(to_01(x_hat), x)]).sum()
 
     def distillation_loss(self, z_hat: Tensor, c: Tensor, draws: Draws) -> Tensor:
         """L_VSD: a surrogate with the gradient 2 g / numel at z_hat; teacher and regulariser get none."""

@@ -31,11 +31,12 @@ class BaseSR(RestorationModule):
         optimizer: Of what is trained.
         lr_scheduler: Of the optimiser, stepped once an update.
         **kwargs: As for every method: `scale`, `inference`, `seed` (at test time every image is given the same noise),
-            `ema_decay`, `clip`, `accumulate`.
+            `ema_decay`, `clip`, `accumulate`, `losses`, `losses_weights`.
     """
 
     trainable: ClassVar = {"generator": ("base.controlnet.*",)}
     without_prompts = ", or set model.prompt_dropout=1"
+    takes_losses = False
 
     def __init__(
         self,

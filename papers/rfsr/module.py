@@ -120,6 +120,7 @@ class RFSR(BaseSR):
     """
 
     trainable: ClassVar = {"generator": ("base.controlnet.*", "base.unet.*")}
+    takes_losses = True
 
     def __init__(
         self,
@@ -299,6 +300,8 @@ class RFSR(BaseSR):
                 loss = loss + self.fidelity_loss(x_01, batch["hq"])
             if "late" in which:
                 loss = loss + self.preference_loss(x_01, texts if self.reward_prompt == "kept" else told)
+            for term in self.added_terms(x_01, batch["hq"]):
+                loss = loss + term
             if x_ref is not None:
                 loss = loss + self.lambda_r * self.regularisation_loss(eps, x_01, x_ref)
             update(loss)

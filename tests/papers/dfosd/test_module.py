@@ -469,11 +469,11 @@ class TestSwitches:
         }
 
     def test_an_extra_loss_adds_its_weight_times_itself(self, sd: str, batch: Batch, still: Run) -> None:
-        model = method(sd, extra_losses={"l1": 0.5}, optimizer=STILL, disc_optimizer=STILL)
+        model = method(sd, losses={"l1": 0.5}, optimizer=STILL, disc_optimizer=STILL)
         metrics = train(model, batch, 2, [200, 700]).metrics
         x_hat, (_, x_h) = still.tape.calls["decode"][0][2].detach(), images(batch)
         l1 = float((x_hat - x_h).abs().mean()) / 2  # in [0,1]
-        assert metrics["train/l1"] == pytest.approx(l1, rel=1e-4)
+        assert metrics["train/losses/l1"] == pytest.approx(l1, rel=1e-4)
         assert metrics["train/loss"] - still.metrics["train/loss"] == pytest.approx(0.5 * l1, rel=1e-3)
 
     def test_the_embedded_foundation_trains(self, batch: Batch) -> None:

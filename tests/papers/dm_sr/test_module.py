@@ -602,7 +602,7 @@ class TestTrainingStep:
             assert run.metrics[f"train/{name}"] == pytest.approx(float(value), rel=2e-4, abs=1e-6), name
 
     def test_an_extra_loss_is_of_the_decoded_image(self, sd: str, batch: Batch) -> None:
-        run = train(method(sd, timestep=200, **OFF, extra_losses={"l1": 0.5}), batch)
+        run = train(method(sd, timestep=200, **OFF, losses={"l1": 0.5}), batch)
         by_hand = Hand(sd, batch, torch.full((2,), 200.0))
         loss = 0.5 * ((by_hand.decoded(by_hand.z) + 1) / 2 - batch["hq"].float() / 255).abs().mean()
         assert run.tape.counts()["decode"] == 1
