@@ -400,6 +400,21 @@ class TestCard:
                     assert len(row) == len(columns), (published["table"], name)
                     assert all(value is None or isinstance(value, int | float) for value in row)
 
+    def test_a_published_table_has_each_method_on_each_set_or_says_what_is_not_at_hand(self, paper: Path) -> None:
+        for published in yaml.safe_load((paper / "results.yaml").read_text())["tables"]:
+            methods = {tuple(sorted(rows)) for rows in published["rows"].values()}
+            assert len(methods) == 1 or "not at hand: " in published["protocol"], published["table"]
+
+    def test_it_says_before_a_run_what_the_run_needs(self, paper: Path) -> None:
+        """Memory, time, disk, licences, a test, and each hub repository that a paper-scale configuration names."""
+        section = (paper / "README.md").read_text().partition("\n## Before you start\n")[2].partition("\n## ")[0]
+        for row in ("GPU memory", "seconds a step", "a checkpoint on disk", "licences", "test of the trained run"):
+            assert re.search(rf"^\| {row}\b.* \| .+ \|$", section, re.MULTILINE), row
+        for config in (paper / "configs").glob("*.yaml"):
+            model = yaml.dump(yaml.safe_load(config.read_text())["model"])
+            for repo in re.findall(r"^ +\w+: ([\w-]+/[\w.-]+)$", model, re.MULTILINE):
+                assert f"`{repo}`" in section, (config.name, repo)
+
     @pytest.mark.slow
     def test_one_step_runs_from_the_shell(self, paper: Path, from_a_shell: Path) -> None:
         assert len(list(from_a_shell.glob(f"{paper.name}/*/version_0/checkpoints/last.ckpt"))) == 1
