@@ -187,8 +187,14 @@ class TimestepEstimation(TrainingModule):
             loss = ((t_hat - t) / (LAST + 1)).square().mean()
             update(loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self._stds = torch.stack([t_hat.detach().std(correction=0), t.std(correction=0)])
+        self._stds = self._spread(t_hat.detach(), t)
         self.log_dict({"train/t": t.mean(), "train/t_hat": t_hat.detach().mean(), "train/t_hat_std": self._stds[0]})
+
+    def _spread(self, *values: Tensor) -> Tensor:
+        """Standard deviation of each of the values over the batches of all processes."""
+        moments = torch.stack([torch.stack([x.double().mean(), x.double().square().mean()]) for x in values])
+        means, squares = self.trainer.strategy.reduce(moments, reduce_op="mean").unbind(1)
+        return (squares - means.square()).clamp(min=0).sqrt().float()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Warn of a collapse, here where the host waits for the device anyway."""

@@ -237,6 +237,7 @@ class TestKilled:
         assert len(stub.seen) == count
         assert not part.exists()
 
+    @pytest.mark.long
     def test_a_killed_process_leaves_its_batches_on_the_disk(self, photos: Path, tmp_path: Path) -> None:
         code = (
             "import os, sys, common.conditioning.captions as module\n"

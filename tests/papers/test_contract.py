@@ -415,7 +415,7 @@ class TestCard:
             for repo in re.findall(r"^ +\w+: ([\w-]+/[\w.-]+)$", model, re.MULTILINE):
                 assert f"`{repo}`" in section, (config.name, repo)
 
-    @pytest.mark.slow
+    @pytest.mark.long
     def test_one_step_runs_from_the_shell(self, paper: Path, from_a_shell: Path) -> None:
         assert len(list(from_a_shell.glob(f"{paper.name}/*/version_0/checkpoints/last.ckpt"))) == 1
 

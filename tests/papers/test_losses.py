@@ -72,7 +72,10 @@ def step(config: str, losses: dict[str, float] | None) -> tuple[Tensor, Tensor, 
     return x, gradient, hq.hq, trainer.callback_metrics
 
 
-@pytest.mark.parametrize("config", METHODS)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(name, marks=[pytest.mark.long] * (not name.startswith(("dnf_sr", "rfsr")))) for name in METHODS],
+)
 def test_the_gradient_at_the_restored_image_changes_by_that_of_the_added_losses(config: str) -> None:
     x, with_losses, hq, metrics = step(config, WEIGHTS)
     _, without, _, _ = step(config, None)

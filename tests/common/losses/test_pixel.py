@@ -46,7 +46,9 @@ class TestBuildImageLoss:
             build_image_loss("lpips", "nowhere.pth")
 
     def test_an_unknown_name_lists_the_known_ones(self) -> None:
-        with pytest.raises(ValueError, match=r"'ssim'.*mse, l1, dists, ea_dists, lpips, lpips_alex, ea_lpips"):
+        with pytest.raises(
+            ValueError, match=r"'ssim'.*mse, l1, dwt, dists, ea_dists, lpips, lpips_alex, ea_lpips, gram"
+        ):
             build_image_loss("ssim")
 
 
