@@ -133,8 +133,9 @@ class TestRunFolder:
     def test_predict_skips_what_is_there_only_where_it_is_told_to_and_where(
         self, isr: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert not isr("predict", "-c", DEMO, "--output", tmp_path, made=NotRun).model.skip_existing
-        assert isr("predict", "-c", DEMO, "--output", tmp_path, "--skip_existing=true", made=NotRun).model.skip_existing
+        command = ["predict", "-c", DEMO, "--runs", tmp_path / "runs", "--output", tmp_path / "out"]
+        assert not isr(*command, made=NotRun).model.skip_existing
+        assert isr(*command, "--skip_existing=true", made=NotRun).model.skip_existing
         assert main(["predict", "-c", str(DEMO), "--skip_existing=true", "--runs", str(tmp_path)]) == 2
         assert re.search(r"skip_existing=true needs .*; set --output", capsys.readouterr().err)
 
