@@ -116,7 +116,7 @@ class RestorationModule(TrainingModule):
         losses_weights: str = "pretrained",
     ) -> None:
         super().__init__(seed, ema_decay, clip, accumulate)
-        self.losses, self.losses_weights = losses or {}, losses_weights
+        self.loss_weights, self.losses_weights = losses or {}, losses_weights
         self.added_losses: AddedLosses | None = None
         self._check_losses()
         self.scale, self.inference = scale, inference or Inference()
@@ -133,19 +133,19 @@ class RestorationModule(TrainingModule):
         self._metrics: dict[str, MetricProtocol | str] = {}
 
     def _check_losses(self) -> None:
-        if self.losses and not self.takes_losses:
+        if self.loss_weights and not self.takes_losses:
             raise ValueError(
-                f"losses={self.losses}: {type(self).__name__} trains without a restored image; leave losses out"
+                f"losses={self.loss_weights}: {type(self).__name__} trains without a restored image; leave losses out"
             )
-        for name in self.losses:
+        for name in self.loss_weights:
             if name not in IMAGE_LOSSES:
                 raise ValueError(f"losses: {name} is no image loss; use {', '.join(IMAGE_LOSSES)}")
 
     def configure_model(self) -> None:
         """Build the networks, and those of the added losses where the method is trained."""
         super().configure_model()
-        if self.losses and self._has_training and self.added_losses is None:
-            self.added_losses = AddedLosses(self.losses, "random" if is_architecture_only() else self.losses_weights)
+        if self.loss_weights and self._has_training and self.added_losses is None:
+            self.added_losses = AddedLosses(self.loss_weights, "random" if is_architecture_only() else self.losses_weights)
 
     def added_terms(self, x_01: Tensor, x_h_01: Tensor) -> list[Tensor]:
         """The losses that the configuration adds, on restored images and their targets, (B,3,H,W), [0,1].
@@ -157,7 +157,7 @@ class RestorationModule(TrainingModule):
             return []
         values = self.added_losses(x_01, x_h_01)
         self.log_dict({f"train/losses/{name}": value.detach() for name, value in values.items()})
-        return [self.losses[name] * value for name, value in values.items()]
+        return [self.loss_weights[name] * value for name, value in values.items()]
 
     def parameter_rows(self) -> list[Row]:
         """The networks, and those of the added losses."""

@@ -392,7 +392,7 @@ class DMSR(RestorationModule):
             terms["dm"] = self.lambda_dm * score_surrogate(g, place).mean()
             self.log("train/dm_gradient", g.abs().mean())
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        added = self.added_terms(to_01(self.codec.decode(z_sr)), i_hr) if self.losses else []
+        added = self.added_terms(to_01(self.codec.decode(z_sr)), i_hr) if self.loss_weights else []
         return torch.stack([*terms.values(), *added]).sum()
 
     def noise_part(self, x_sr: Tensor, eps_sr: Tensor, h: Tensor, t: Tensor, c: Tensor) -> Tensor:
