@@ -145,7 +145,9 @@ class RestorationModule(TrainingModule):
         """Build the networks, and those of the added losses where the method is trained."""
         super().configure_model()
         if self.loss_weights and self._has_training and self.added_losses is None:
-            self.added_losses = AddedLosses(self.loss_weights, "random" if is_architecture_only() else self.losses_weights)
+            self.added_losses = AddedLosses(
+                self.loss_weights, "random" if is_architecture_only() else self.losses_weights
+            )
 
     def added_terms(self, x_01: Tensor, x_h_01: Tensor) -> list[Tensor]:
         """The losses that the configuration adds, on restored images and their targets, (B,3,H,W), [0,1].

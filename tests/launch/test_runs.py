@@ -220,7 +220,10 @@ class TestNamesThatYamlTakesForSomethingElse:
     def test_null_without_such_a_folder_still_takes_a_setting_away(self, tmp_path: Path) -> None:
         overlay = tmp_path / "overlay.yaml"
         overlay.write_text("data: {init_args: {test: somewhere}}")
-        assert parsed("test", "-c", DEMO, "-c", overlay, "--runs", tmp_path, "--data.test", "null").data.init_args.test is None
+        assert (
+            parsed("test", "-c", DEMO, "-c", overlay, "--runs", tmp_path, "--data.test", "null").data.init_args.test
+            is None
+        )
 
 
 class TestNothingIsWrittenElsewhere:
