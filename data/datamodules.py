@@ -79,7 +79,7 @@ def _side(layout: Layout, side: str, scale: int) -> list[str]:
 
 
 def _hq_side(source: str | Part, scale: int) -> tuple[list[str | Part], Layout | None]:
-    """What of a source of good photos is taken: all, or the HQ images of a folder of pairs and their layout."""
+    """The images of a source of good photos: all, or the HQ images of a folder of pairs and their layout."""
     part = source if isinstance(source, Part) else Part(source)
     layout = folder_layout(Path(part.source).expanduser(), scale, "train")
     if layout is None:

@@ -49,7 +49,7 @@ class Fit(NamedTuple):
 
 
 def fits() -> list[Fit]:
-    """Of each stack of paper-scale configs that the cards train, the first command; ablations change no limits."""
+    """The first command of each stack of paper-scale configs that the cards train; ablations change no limits."""
     found: dict[tuple[str, ...], Fit] = {}
     for call in PRINTED:
         words = call.values[0]

@@ -1,4 +1,4 @@
-"""What the foundation's own trainers share: a limit on the gradient, and a stop at numbers that are not finite."""
+"""The foundation's trainers limit the gradient and stop at numbers that are not finite."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -10,20 +10,19 @@ from common.losses import build_image_loss
 
 
 class AddedLosses(nn.Module):
-    """Image losses by name, each with a weight.
+    """Image losses by name.
 
     Args:
-        losses: Name -> weight; names as for `common.losses.build_image_loss`.
+        names: Names as for `common.losses.build_image_loss`.
         weights: Weights of the losses' networks: `pretrained`, `random` or a path.
 
     Raises:
         ValueError: A name is unknown.
     """
 
-    def __init__(self, losses: Mapping[str, float], weights: str) -> None:
+    def __init__(self, names: Iterable[str], weights: str) -> None:
         super().__init__()
-        self.weight_of = dict(losses)
-        self.losses = {name: build_image_loss(name, weights) for name in losses}
+        self.losses = {name: build_image_loss(name, weights) for name in names}
         self.networks = nn.ModuleDict({name: loss for name, loss in self.losses.items() if isinstance(loss, nn.Module)})
 
     def forward(self, x_01: Tensor, y_01: Tensor) -> dict[str, Tensor]:

@@ -40,11 +40,11 @@ class FeatureCondition(nn.Module):
         return DinoFeatures.null_features(c) if self.null_token is None else self.null_token.expand_as(c)
 
     def negative(self, c: Tensor) -> Tensor:
-        """What guidance leads away from: the null condition."""
+        """The null condition, from which guidance leads away."""
         return self.null(c)
 
     def digest(self) -> str:
-        """Of the weights that make the condition."""
+        """Digest of the weights that make the condition."""
         return fingerprint(self.features)
 
 
@@ -82,11 +82,11 @@ class TextCondition(nn.Module):
         return encode_prompts(self.pretrained, [""], c.device, keep=True).expand_as(c)
 
     def negative(self, c: Tensor) -> Tensor:
-        """What guidance leads away from: the negative prompt, of the shape of `c`."""
+        """The negative prompt, from which guidance leads away, in the shape of `c`."""
         return encode_prompts(self.pretrained, [self.negative_prompt], c.device, keep=True).expand_as(c)
 
     def digest(self) -> str:
-        """Of the weights that make the condition."""
+        """Digest of the weights that make the condition."""
         return text_fingerprint(self.pretrained)
 
 
