@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "papers": {"papers", "common"},
     "launch": {"launch", "papers", "data", "common"},
 }
-FOLDERS = (*MAY_IMPORT, "tests", "benchmarks", "notebooks", ".ci")
+FOLDERS = (*MAY_IMPORT, "tests", "benchmarks", "docs", "notebooks", ".ci")
 WEIGHTS = Path("common/foundation/weights")
 INSIDE_FUNCTIONS_ONLY = {"pyiqa", "torchvision"}  # one is non-commercial and optional, both are slow
 NOWHERE = {"data": {"pyiqa", "torchvision"}}  # the data workers are many and should be light
