@@ -178,13 +178,13 @@ class RestorationModule(TrainingModule):
             prompts: One text an image, empty where there is none.
 
         Returns:
-            Whatever `restore` needs besides the tile.
+            The conditions that `restore` takes with each tile.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no prepare(x_lq, prompts); write it (CONTRIBUTING.md)")
 
     def restore(self, x_lq: Tensor, conditions: Any) -> Tensor:
         """Restore tiles: (B,3,h,w) in [0,1] to (B,3,scale*h,scale*w) near [0,1], not clamped, without colour fix."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no restore(x_lq, conditions); write it (CONTRIBUTING.md)")
 
     def color_reference(self, x_lq: Tensor) -> Tensor:
         """The image whose colours the output takes, (B,3,scale*h,scale*w) in [0,1]."""

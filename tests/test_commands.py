@@ -24,7 +24,9 @@ from launch.errors import UsageError
 
 from .command_line import ROOT, ParseOnly
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("papers/README.md"), *ROOT.glob("papers/*/README.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("papers/README.md"), *ROOT.glob("papers/*/README.md")]
+)
 LIGHTNING = ("fit", "validate", "test", "predict")
 EXAMPLES = {
     "CONFIG": "papers/f2idiff/configs/sr_f2i.yaml",
@@ -208,6 +210,19 @@ def test_each_benchmark_that_is_restored_whole_says_how_it_lies() -> None:
     assert {Path(folder).name for folder in listed} >= {"RealSR", "DRealSR", "RealSet65", "RealSet80", "RealLQ250"}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        headings = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
 def test_other_programs_of_the_pages_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for call in CALLS:
@@ -215,10 +230,10 @@ def test_other_programs_of_the_pages_are_there() -> None:
         if program == "make":
             assert {word for word in rest if "=" not in word} <= targets, rest
         elif program.startswith(".venv/bin/"):
-            assert Path(program).name in ("tensorboard", "pytest", "pre-commit"), program
+            assert Path(program).name in ("tensorboard", "pytest", "pre-commit", "isr"), program
             assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), rest
         else:
-            assert program in ("isr", "git", "cd"), program
+            assert program in ("isr", "git", "cd", "mkdir", "sbatch", "python"), program
 
 
 def test_the_pages_print_commands_of_every_kind() -> None:

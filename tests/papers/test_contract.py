@@ -362,13 +362,13 @@ def from_a_shell(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestCard:
     def test_each_equation_has_its_function_and_its_test(self, paper: Path) -> None:
         rows = table((paper / "README.md").read_text())
-        assert len(rows) >= 3
+        assert len(rows) >= 3, "the card's table | paper | here | specified by | needs three rows"
         for _, here, test in rows:
-            assert re.fullmatch(r"`[\w.]+`", here), here
+            assert re.fullmatch(r"`[\w.]+`", here), f"{here}: the column `here` holds one dotted path in backticks"
             assert callable(resolve(here.strip("`"))), here
             path = re.fullmatch(r"`(tests/[\w/]+\.py)(?:::\w+)*`", test)
-            assert path, test
-            assert (ROOT / path[1]).is_file(), test
+            assert path, f"{test}: the column `specified by` holds one file of tests/ in backticks"
+            assert (ROOT / path[1]).is_file(), f"{test} does not exist"
 
     def test_every_name_of_code_in_it_exists(self, paper: Path) -> None:
         text = (paper / "README.md").read_text()
@@ -380,7 +380,7 @@ class TestCard:
     def test_it_says_where_it_deviates(self, paper: Path) -> None:
         text = (paper / "README.md").read_text()
         section = text.partition("## Deviations")[2].partition("\n## ")[0]
-        assert section.count("\n|") > 3
+        assert section.count("\n|") > 3, "Deviations needs a table | what | paper | here | why |"
 
     def test_published_rows_have_a_number_for_each_column(self, paper: Path) -> None:
         results = yaml.safe_load((paper / "results.yaml").read_text())
@@ -409,11 +409,11 @@ class TestCard:
         """Memory, time, disk, licences, a test, and each hub repository that a paper-scale configuration names."""
         section = (paper / "README.md").read_text().partition("\n## Before you start\n")[2].partition("\n## ")[0]
         for row in ("GPU memory", "seconds a step", "a checkpoint on disk", "licences", "test of the trained run"):
-            assert re.search(rf"^\| {row}\b.* \| .+ \|$", section, re.MULTILINE), row
+            assert re.search(rf"^\| {row}\b.* \| .+ \|$", section, re.MULTILINE), f"Before you start has no row {row}"
         for config in (paper / "configs").glob("*.yaml"):
             model = yaml.dump(yaml.safe_load(config.read_text())["model"])
             for repo in re.findall(r"^ +\w+: ([\w-]+/[\w.-]+)$", model, re.MULTILINE):
-                assert f"`{repo}`" in section, (config.name, repo)
+                assert f"`{repo}`" in section, f"Before you start does not name {repo} of {config.name}"
 
     @pytest.mark.long
     def test_one_step_runs_from_the_shell(self, paper: Path, from_a_shell: Path) -> None:
