@@ -10,9 +10,8 @@ import dataclasses
 import logging
 import os
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +24,8 @@ from torch.utils.data import Dataset
 from common.files import plain_name, printable
 from data.degradations.realesrgan import Degradation, bicubic_downsample, sample_rng
 from data.images import (
+    Entries,
+    Entry,
     ImageError,
     Pixels,
     Source,
@@ -33,13 +34,14 @@ from data.images import (
     image_size,
     is_image,
     list_entries,
-    list_images,
     read_image,
     read_raster,
     read_table,
+    whole_entries,
 )
 from data.inventory import Inventory, unused_files
 from data.layouts import explicit, match_pairs
+from data.packed import Lookup, Packed, Paths, Picked, digests, numbered, path_texts
 from data.rasters import Raster
 from data.sampler import SampleKey
 from data.textfiles import read_text
@@ -81,7 +83,7 @@ def check_crop_size(crop_size: int, scale: int, argument: str = "crop_size") -> 
         )
 
 
-def unique_names(paths: Sequence[Path], root: Path | None = None) -> list[str]:
+def unique_names(paths: Sequence[Path], root: Path | None = None) -> Packed:
     """A name for each file, unique, to call results by.
 
     Args:
@@ -93,16 +95,31 @@ def unique_names(paths: Sequence[Path], root: Path | None = None) -> list[str]:
         Names without extension; files of one stem (`a.png`, `a.jpg`) keep theirs. See `plain_name` for names with
         line ends, with bytes that are no UTF-8, and for very long ones.
     """
+    texts = path_texts(paths)
     if root is None:
-        if len({path.stem for path in paths}) == len(paths):
-            return [plain_name(path.stem) for path in paths]
-        root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths]))
-    relative = [Path(os.path.abspath(path)).relative_to(os.path.abspath(root)) for path in paths]
-    stems = [path.with_suffix("").as_posix() for path in relative]
-    count = Counter(stems)
-    names = [path.as_posix() if count[stem] > 1 else stem for path, stem in zip(relative, stems, strict=True)]
-    names = names if len(set(names)) == len(names) else [path.as_posix() for path in relative]
-    return [plain_name(name) for name in names]
+        if len(np.unique(digests(_stem(os.path.basename(text)) for text in texts))) == len(paths):
+            return Packed(plain_name(_stem(os.path.basename(text))) for text in texts)
+        root = Path(os.path.commonpath({os.path.dirname(os.path.abspath(text)) for text in texts}))
+    top = os.path.join(os.path.abspath(root), "")
+
+    def relative() -> Iterator[str]:
+        return (os.path.abspath(text).removeprefix(top) for text in texts)
+
+    _, number = numbered(digests(map(_stem, relative())))
+    shared = np.bincount(number)[number] > 1
+
+    def names() -> Iterator[str]:
+        return (name if several else _stem(name) for name, several in zip(relative(), shared, strict=True))
+
+    unique = len(np.unique(digests(names()))) == len(paths)
+    return Packed(plain_name(name) for name in (names() if unique else relative()))
+
+
+def _stem(path: str) -> str:
+    """A path without its extension, as `Path.with_suffix("")`."""
+    folder, slash, name = path.rpartition("/")
+    dot = name.rfind(".")
+    return folder + slash + (name[:dot] if 0 < dot < len(name) - 1 else name)
 
 
 class Prompts:
@@ -121,36 +138,51 @@ class Prompts:
     def __init__(self, source: str | Path, argument: str = "prompts") -> None:
         self.source, self.argument = source, argument
         path = Path(source).expanduser()
-        self._texts: dict[str, str | Path] = {}
+        self._files: Paths | None = None
+        self._texts = Packed()
+        names = Packed()
         if path.is_dir():
-            for file in sorted(path.rglob("*.txt")):
-                self._texts[plain_name(file.relative_to(path).with_suffix("").as_posix())] = file
+            self._files = Paths(Packed(sorted(map(str, path.rglob("*.txt")))))
+            for file in self._files:
+                names.append(plain_name(file.relative_to(path).with_suffix("").as_posix()))
         elif path.is_file():
-            rows = read_table(path, argument)
-            if not {"name", "prompt"} <= rows[0].keys():
-                raise ValueError(f"{argument}={source} has columns {', '.join(rows[0])}; it needs name and prompt")
+            columns, rows = read_table(path, argument)
+            if not {"name", "prompt"} <= set(columns):
+                raise ValueError(f"{argument}={source} has columns {', '.join(columns)}; it needs name and prompt")
             for row in rows:
-                name = plain_name(self._bare(row["name"]))
-                if self._texts.setdefault(name, row["prompt"]) != row["prompt"]:
-                    raise ValueError(f"{argument}={source} has two prompts for {name}; leave one")
+                if row["prompt"] is not None:
+                    names.append(plain_name(self._bare(row["name"])))
+                    self._texts.append(row["prompt"])
         else:
             raise FileNotFoundError(f"{argument}={source} does not exist; give a folder of <name>.txt or a csv")
-        if not self._texts:
+        if not names:
             raise ValueError(f"{argument}={source} holds no prompts; put one <name>.txt an image there")
+        self._places = Lookup(names)
+        self._check_one_each(names)
+
+    def _check_one_each(self, names: Sequence[str]) -> None:
+        """Refuse two different prompts for one name."""
+        first, number = numbered(digests(names))
+        for place in np.flatnonzero(first[number] != np.arange(len(names))).tolist():  # none of a folder
+            if self._texts[place] != self._texts[int(first[number[place]])]:
+                raise ValueError(f"{self.argument}={self.source} has two prompts for {names[place]}; leave one")
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> Sequence[Path]:
         """The files that hold them."""
-        texts = [text for text in self._texts.values() if isinstance(text, Path)]
-        return texts or [Path(self.source).expanduser()]
+        return [Path(self.source).expanduser()] if self._files is None else self._files
 
     @staticmethod
     def _bare(name: str) -> str:
         return os.path.splitext(name)[0] if is_image(name) else name
 
-    def _find(self, name: str) -> str | Path | None:
-        name = self._bare(name)
-        return self._texts.get(name, self._texts.get(name.rsplit("/", 1)[-1]))
+    def _find(self, names: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the prompts of names without extension: by the whole name, and by its last part; -1 for none."""
+        whole, last = Packed(), Packed()
+        for name in names:
+            whole.append(name)
+            last.append(name.rsplit("/", 1)[-1])
+        return self._places.places(whole), self._places.places(last)
 
     def require(self, names: Sequence[str]) -> None:
         """Refuse to go on without a prompt for each of the names.
@@ -159,30 +191,31 @@ class Prompts:
             ValueError: Some have none, or several images share one by the last part of their names; the first five are
                 named.
         """
-        last_parts: dict[str, set[str]] = {}
-        for name in map(self._bare, names):
-            if name not in self._texts:
-                last_parts.setdefault(name.rsplit("/", 1)[-1], set()).add(name)
-        shared = [
-            name for last, alike in last_parts.items() if last in self._texts and len(alike) > 1 for name in alike
-        ]
+        whole, last = self._find(map(self._bare, names))
+        by_last = np.flatnonzero((whole < 0) & (last >= 0))
+        first, _ = numbered(digests(self._bare(names[i]) for i in by_last.tolist()))
+        places, number, images = np.unique(last[by_last[first]], return_inverse=True, return_counts=True)
+        shared = by_last[first][images[number] > 1].tolist() if len(places) else []
         if shared:
             raise ValueError(
                 f"{self.argument}={self.source} has one prompt for images of one name in different folders: "
-                f"{first_five(sorted(shared))}; name them with their folders there"
+                f"{first_five(sorted(self._bare(names[i]) for i in shared))}; name them with their folders there"
             )
-        missing = [name for name in names if self._find(name) is None]
+        missing = np.flatnonzero((whole < 0) & (last < 0)).tolist()
         if missing:
             raise ValueError(
                 f"{self.argument}={self.source} has no prompt for {len(missing)} of {len(names)} images: "
-                f"{first_five(missing)}; add them or leave {self.argument} out"
+                f"{first_five(names[i] for i in missing)}; add them or leave {self.argument} out"
             )
 
     def __getitem__(self, name: str) -> str:
-        found = self._find(name)
-        if found is None:
+        (whole,), (last,) = self._find([self._bare(name)])
+        place = int(whole if whole >= 0 else last)
+        if place < 0:
             raise KeyError(name)
-        return read_text(found, self.argument).strip() if isinstance(found, Path) else found
+        if self._files is not None:
+            return read_text(self._files[place], self.argument).strip()
+        return self._texts[place]
 
 
 GivenPrompts = Prompts | Mapping[str, str] | None
@@ -192,25 +225,26 @@ class Texts:
     """The prompt of each image: its manifest's, else the one from `prompts`, else empty."""
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> Sequence[Path]:
         """The files that hold prompts, besides a manifest."""
         return self.prompts.files if isinstance(self.prompts, Prompts) else []
 
     def __init__(self, given: Sequence[str | None], names: Sequence[str], prompts: GivenPrompts) -> None:
         self.given, self.names, self.prompts = given, names, prompts
         if isinstance(prompts, Prompts):
-            prompts.require([name for name, prompt in zip(names, given, strict=True) if prompt is None])
+            lacking = np.fromiter((i for i, prompt in enumerate(given) if prompt is None), np.int64)
+            prompts.require(Picked(names, lacking))
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self.given)))
 
     def __getitem__(self, index: int) -> str:
         prompt = self.given[index]
-        if prompt is not None:
-            return prompt
+        if prompt is not None or self.prompts is None:
+            return prompt or ""
         if isinstance(self.prompts, Prompts):
             return self.prompts[self.names[index]]
-        return (self.prompts or {}).get(self.names[index], "")
+        return self.prompts.get(self.names[index], "")
 
 
 def degrade(hq: Pixels, degradation: Degradation | None, scale: int, rng: np.random.Generator) -> Pixels:
@@ -258,6 +292,17 @@ def check_window(path: Path, window: Window, size: tuple[int, int], argument: st
             f"{path} is {width}x{height}, but {argument} has a window of it with top={window.top}, "
             f"left={window.left}, side={window.side}; put back the photo it was made for, or make it again"
         )
+
+
+def _items(paths: Sequence[Path], factors: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """Places of photos and the factors they are resized by, by stem: a row (place, factor) for each."""
+    kind = np.dtype([("place", np.int32), ("factor", np.float64)])
+    if factors:
+        pairs = ((place, factor) for place, path in enumerate(paths) for factor in factors.get(path.stem, (1.0,)))
+        return np.array(list(pairs), kind)
+    items = np.ones(len(paths), kind)
+    items["place"] = np.arange(len(paths))
+    return items
 
 
 class HQImages(Dataset[Sample]):
@@ -309,27 +354,19 @@ class HQImages(Dataset[Sample]):
         self.scale, self.crop_size, self.degradation, self.seed = scale, crop_size, degradation, seed
         self.on_error, self.flips, self.cache, self.argument = on_error, flips, cache, argument
         self.source, self.layout = source, "photos to degrade"
-        listed = list_entries(source, argument)
-        self.paths = [entry.path for entry in listed]
-        self.windows = [entry.window for entry in listed]
-        smallest = min((window.side for window in self.windows if window), default=crop_size)
+        self.entries = list_entries(source, argument)
+        smallest = self.entries.smallest_side() or crop_size
         if smallest < crop_size:
             raise ValueError(
                 f"crop_size={crop_size} does not fit into the windows of {argument}={source}, the smallest of which "
                 f"has side {smallest}; set crop_size to {max(1, smallest // scale) * scale} or less"
             )
-        distinct = list(dict.fromkeys(self.paths))
-        name_of = dict(zip(distinct, unique_names(distinct), strict=True))
-        self.names = [name_of[path] for path in self.paths]
-        self.texts = Texts([entry.prompt for entry in listed], self.names, prompts)
-        factors = rescales or {}
-        self._items = [
-            (place, factor) for place, path in enumerate(self.paths) for factor in factors.get(path.stem, (1.0,))
-        ]
-        number = {path: i for i, path in enumerate(distinct)}
-        self._files = distinct
-        self._file = [number[path] for path in self.paths]  # place -> its file, which windows share
-        self._unreadable = torch.zeros(len(distinct), dtype=torch.bool).share_memory_()  # seen by all workers
+        self._files, self._file = self.entries.files, self.entries.file  # windows share a file
+        self.paths = Picked(self._files, self._file)
+        self.names = Picked(unique_names(self._files), self._file)
+        self.texts = Texts(self.entries.prompts, self.names, prompts)
+        self._items = _items(self.paths, rescales or {})
+        self._unreadable = torch.zeros(len(self._files), dtype=torch.bool).share_memory_()  # seen by all workers
         self._cached: dict[tuple[Path, Window | None, float], Raster] = {}
 
     def __len__(self) -> int:
@@ -343,20 +380,22 @@ class HQImages(Dataset[Sample]):
     def inventory(self, argument: str) -> Inventory:
         """What the source holds; unreadable files count as not used once they were met."""
         reasons = {}
-        for path in self.skipped:
+        for file in torch.nonzero(self._unreadable).flatten().tolist():
             try:
-                self._photo(next(i for i, (place, _) in enumerate(self._items) if self.paths[place] == path))
+                self._photo(int(np.flatnonzero(self._file[self._items["place"]] == file)[0]))
             except ImageError as error:
-                reasons[path] = str(error)
-        used = [path for path in self._files if path not in reasons]
-        windows = len(set(zip(self.paths, self.windows, strict=True))) if any(self.windows) else 0
+                reasons[self._files[file]] = str(error)
+        used: Sequence[Path] = self._files
+        if reasons:
+            used = Paths(Picked(self._files.texts, np.flatnonzero([path not in reasons for path in self._files])))
+        windows = 0 if self.entries.windows is None else len(np.unique(self.entries.keys(), axis=0))
         layout = f"{self.layout}, {windows} windows" if windows else self.layout
-        unused = unused_files(self.source, [*used, *self.texts.files], reasons, "not used")
+        unused = unused_files(self.source, [used, self.texts.files], reasons, "not used")
         return Inventory(argument, self.source, len(used), layout, unused, used)
 
     def _photo(self, item: int) -> Raster:
-        place, factor = self._items[item]
-        path, window = self.paths[place], self.windows[place]
+        place, factor = self._items[item].tolist()
+        path, window = self.paths[place], self.entries.window(place)
         key = path, window, factor
         if key in self._cached:
             return self._cached[key]
@@ -373,7 +412,7 @@ class HQImages(Dataset[Sample]):
     def _readable_photo(self, index: int) -> tuple[int, Raster]:
         """Photo of the key's item, or of the next that can be read, and that item."""
         for item in (*range(index, len(self._items)), *range(index)):
-            file = self._file[self._items[item][0]]
+            file = int(self._file[self._items[item]["place"]])
             if self._unreadable[file]:
                 continue
             try:
@@ -407,7 +446,7 @@ class HQImages(Dataset[Sample]):
         rng = sample_rng(self.seed, epoch, index)  # of the key, so a replacement is another crop than that item's own
         hq = self._crop(photo, rng)
         lq = degrade(hq, self.degradation, self.scale, rng)
-        place = self._items[item][0]
+        place = int(self._items[item]["place"])
         return {
             "lq": to_tensor(lq),
             "hq": to_tensor(hq),
@@ -431,9 +470,9 @@ def _pairs_of_csv(table: Path, lq_dir: Path, hq_dir: Path) -> tuple[list[tuple[P
     """Pairs as a csv with the columns lq and hq says, relative to the two folders, and what it names in vain."""
     if not table.is_file():
         raise FileNotFoundError(f"csv={table} does not exist; give a table with the columns lq and hq")
-    rows = read_table(table, "csv")
-    if not {"lq", "hq"} <= rows[0].keys():
-        raise ValueError(f"csv={table} has columns {', '.join(rows[0])}; it needs lq and hq")
+    columns, rows = read_table(table, "csv")
+    if not {"lq", "hq"} <= set(columns):
+        raise ValueError(f"csv={table} has columns {', '.join(columns)}; it needs lq and hq")
     pairs: list[tuple[Path, Path, str | None]] = []
     complaints: list[str] = []
     for row in rows:
@@ -519,7 +558,7 @@ class Pairs(Dataset[Sample]):
     def inventory(self, argument: str) -> Inventory:
         """What the folders hold; an image without a partner is not used."""
         used = [path for pair in self.pairs for path in (pair.lq, pair.hq)]
-        unused = unused_files(self.sources, [*used, *self.texts.files], self._broken, "is in no pair")
+        unused = unused_files(self.sources, [used, self.texts.files], self._broken, "is in no pair")
         return Inventory(argument, self.sources, len(self.pairs), self.layout, unused, used)
 
     def _without_broken(
@@ -614,24 +653,28 @@ class LQImages(Dataset[Sample]):
                 )
         else:
             root = None
-        listed = list_images(source, argument)
-        twice = [path for path, times in Counter(path for path, _ in listed).items() if times > 1]
-        if twice:
-            raise ValueError(f"{argument}={source} lists {first_five(twice)} more than once; leave one each")
+        entries = whole_entries(source, argument)
+        if len(entries.files) < len(entries):
+            twice = np.flatnonzero(np.bincount(entries.file) > 1).tolist()
+            named = first_five(entries.files[i] for i in twice)
+            raise ValueError(f"{argument}={source} lists {named} more than once; leave one each")
         self.source, self._broken = source, dict[Path, str]()
         self.layout = "images without references" if root is None else "a folder of images without references"
+        self.paths: Sequence[Path] = entries.files
+        prompts_given: Sequence[str | None] = entries.prompts
         if on_error == "skip":
-            listed = [entry for entry in listed if self._can_be_read(entry[0])]
+            readable = np.flatnonzero([self._can_be_read(path) for path in entries.files])
             if self.skipped:
                 log.warning("%s=%s: skipped %d: %s", argument, source, len(self.skipped), first_five(self.skipped))
-            if not listed:
+            if not len(readable):
                 raise ImageError(f"{argument}={source}: none of its images can be read; {self.skipped[0]}")
+            self.paths = Paths(Picked(entries.files.texts, readable))
+            prompts_given = Picked(entries.prompts, readable)
         else:
-            for path, _ in listed:
+            for path in entries.files:
                 image_size(path)
-        self.paths = [path for path, _ in listed]
         self.names = self.sample_names = unique_names(self.paths, root)
-        self.texts = Texts([prompt for _, prompt in listed], self.names, prompts)
+        self.texts = Texts(prompts_given, self.names, prompts)
 
     def _can_be_read(self, path: Path) -> bool:
         try:
@@ -648,7 +691,7 @@ class LQImages(Dataset[Sample]):
 
     def inventory(self, argument: str) -> Inventory:
         """What the source holds."""
-        unused = unused_files(self.source, [*self.paths, *self.texts.files], self._broken, "not used")
+        unused = unused_files(self.source, [self.paths, self.texts.files], self._broken, "not used")
         return Inventory(argument, self.source, len(self.paths), self.layout, unused, self.paths)
 
     def __len__(self) -> int:
@@ -708,45 +751,48 @@ class DegradedCrops(Dataset[Sample]):
         self.argument = argument
         self._list(paths, prompts)
         self._broken: dict[Path, str] = {}
-        windows_of: dict[Path, list[Window | None]] = defaultdict(list)
-        for path, window in zip(self.paths, self.windows, strict=True):
-            windows_of[path].append(window)
-        sizes = {path: self._size(path, windows, on_error) for path, windows in windows_of.items()}
-        grid = [
-            (photo, row, column, seed)
-            for photo, (path, window) in enumerate(zip(self.paths, self.windows, strict=True))
-            if path not in self._broken
-            for row, column in self._grid(*(sizes[path] if window is None else (window.side, window.side)))
-            for seed in seeds
-        ]
+        sizes = self._sizes(on_error)
+        rows, self._columns = (sizes // crop_size).T
+        self._seeds = list(seeds)
+        self._ends = np.cumsum(rows * self._columns * len(self._seeds))  # of each entry's crops, in a row of all
         if self.skipped:
             log.warning("%s: skipped %d: %s", argument, len(self.skipped), first_five(self.skipped))
-        if not grid:
+        crops = int(self._ends[-1])
+        if not crops:
             raise ValueError(f"{argument}: no photo holds a crop of crop_size={crop_size}; set a smaller crop_size")
-        keep = len(grid) if max_crops is None else min(max_crops, len(grid))
-        self._grid_places = [grid[i * len(grid) // keep] for i in range(keep)]
+        self._crops, self._keep = crops, crops if max_crops is None else min(max_crops, crops)
         self._last: tuple[Path, Raster] | None = None  # crops come photo by photo
 
     def _list(self, paths: Mapping[str, Path] | Source, prompts: GivenPrompts) -> None:
-        """Paths, windows, names and texts of what is cut."""
-        self.windows: list[Window | None]
+        """Entries, names and texts of what is cut."""
         if isinstance(paths, Mapping):
-            self.paths, self.names, self.windows = list(paths.values()), list(paths), [None] * len(paths)
-            self.texts = Texts([None] * len(self.paths), self.names, prompts)
+            self.entries = Entries(map(Entry, paths.values()))
+            self._photos: Sequence[str] = list(paths)
+            self.texts = Texts([None] * len(self.entries), self._photos, prompts)
             return
-        listed = {(entry.path, entry.window): entry.prompt for entry in list_entries(paths, self.argument)}
-        self.paths, self.windows = [path for path, _ in listed], [window for _, window in listed]
-        smallest = min((window.side for window in self.windows if window), default=self.crop_size)
+        self.entries = list_entries(paths, self.argument).distinct()
+        smallest = self.entries.smallest_side() or self.crop_size
         if smallest < self.crop_size:
             raise ValueError(
                 f"crop_size={self.crop_size} does not fit into the windows of {self.argument}={paths}, the smallest of "
                 f"which has side {smallest}; set it to {max(1, smallest // self.scale) * self.scale} or less"
             )
-        distinct = list(dict.fromkeys(self.paths))
-        name_of = dict(zip(distinct, unique_names(distinct), strict=True))
-        photos = [name_of[path] for path in self.paths]
-        self.names = ["_".join(map(str, (photo, *(at or ())))) for photo, at in zip(photos, self.windows, strict=True)]
-        self.texts = Texts(list(listed.values()), photos, prompts)
+        self._photos = Picked(unique_names(self.entries.files), self.entries.file)
+        self.texts = Texts(self.entries.prompts, self._photos, prompts)
+
+    def _sizes(self, on_error: OnError) -> np.ndarray:
+        """Height and width of each entry, (N, 2); zeros for one that is left out."""
+        file, files = self.entries.file, self.entries.files
+        by_file = np.argsort(file, kind="stable")
+        ends = np.cumsum(np.bincount(file, minlength=len(files)))
+        sizes = np.zeros((len(file), 2), np.int64)
+        for path, start, end in zip(files, [0, *ends], ends, strict=False):
+            places = by_file[start:end].tolist()
+            windows = [self.entries.window(place) for place in places]
+            size = self._size(path, windows, on_error)
+            for place, window in zip(places, windows, strict=True):
+                sizes[place] = size if window is None or path in self._broken else (window.side, window.side)
+        return sizes
 
     def _size(self, path: Path, windows: Sequence[Window | None], on_error: OnError) -> tuple[int, int]:
         """Height and width of a photo that holds these windows of it, or a crop; (0, 0) for one that is left out."""
@@ -767,8 +813,16 @@ class DegradedCrops(Dataset[Sample]):
             return 0, 0
         return height, width
 
-    def _grid(self, height: int, width: int) -> Iterator[tuple[int, int]]:
-        return product(range(height // self.crop_size), range(width // self.crop_size))
+    def _place(self, index: int) -> tuple[int, int, int, int]:
+        """Entry, row, column and seed of a sample."""
+        crop = range(len(self))[index] * self._crops // self._keep
+        entry = int(np.searchsorted(self._ends, crop, "right"))
+        cell, seed = divmod(crop - (int(self._ends[entry - 1]) if entry else 0), len(self._seeds))
+        return entry, *divmod(cell, int(self._columns[entry])), self._seeds[seed]
+
+    def _name(self, entry: int, row: int, column: int) -> str:
+        """A crop's name: of its photo, its window and its place there."""
+        return "_".join(map(str, (self._photos[entry], *(self.entries.window(entry) or ()), f"r{row}c{column}")))
 
     @property
     def skipped(self) -> list[str]:
@@ -777,39 +831,37 @@ class DegradedCrops(Dataset[Sample]):
 
     def inventory(self, argument: str) -> Inventory:
         """What the source holds: photos, cut to crops."""
-        places = [place for place in zip(self.paths, self.windows, strict=True) if place[0] not in self._broken]
-        used = list(dict.fromkeys(path for path, _ in places))
-        windows = sum(window is not None for _, window in places)
+        good = np.fromiter((path not in self._broken for path in self.entries.files), bool)
+        used = Paths(Picked(self.entries.files.texts, np.flatnonzero(good)))
+        given = self.entries.windows
+        windows = 0 if given is None else int((good[self.entries.file] & (given[:, 2] > 0)).sum())
         layout = f"photos{f', {windows} windows,' if windows else ''} cut to {len(self)} crops of {self.crop_size} px"
         if self.source is None:
             return Inventory(argument, None, len(used), layout)
-        unused = unused_files(self.source, [*used, *self.texts.files], self._broken, "not used")
+        unused = unused_files(self.source, [used, self.texts.files], self._broken, "not used")
         return Inventory(argument, self.source, len(used), layout, unused, used)
 
     @property
     def sample_names(self) -> list[str]:
         """The names of all samples."""
-        return [f"{self._crop_name(*place)}_s{seed}" for *place, seed in self._grid_places]
-
-    def _crop_name(self, photo: int, row: int, column: int) -> str:
-        return f"{self.names[photo]}_r{row}c{column}"
+        return [f"{self._name(*place)}_s{seed}" for *place, seed in map(self._place, range(len(self)))]
 
     def __len__(self) -> int:
-        return len(self._grid_places)
+        return self._keep
 
     def __getitem__(self, index: int) -> Sample:
-        photo, row, column, seed = self._grid_places[index]
-        path, window, size = self.paths[photo], self.windows[photo], self.crop_size
+        entry, row, column, seed = self._place(index)
+        (path, _, window), size = self.entries[entry], self.crop_size
         if self._last is None or self._last[0] != path:
             self._last = path, read_raster(path)
         top, left = (window.top, window.left) if window is not None else (0, 0)
         hq = np.ascontiguousarray(self._last[1].crop(top + row * size, left + column * size, size, size).rgb())
-        crop = self._crop_name(photo, row, column)
+        crop = self._name(entry, row, column)
         lq = degrade(hq, self.degradation, self.scale, sample_rng(seed, 0, zlib.crc32(crop.encode())))
         return {
             "lq": to_tensor(lq),
             "hq": to_tensor(hq),
-            "prompt": self.texts[photo],
+            "prompt": self.texts[entry],
             "name": f"{crop}_s{seed}",
             "index": index,
         }

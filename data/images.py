@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import UnidentifiedImageError
 
 from common.files import printable
 from data.colours import Pixels as Pixels
+from data.packed import Lazy, Packed, Paths, Picked, digests, numbered
 from data.rasters import MOST_TEXT, Raster, decode, size_of
 from data.textfiles import read_csv, read_lines
 
@@ -70,17 +72,18 @@ class Part:
         weight = [] if self.weight == 1 else [f"weight {self.weight}"]
         return self.source + (f" ({', '.join(first + weight)})" if first or weight else "")
 
-    def of(self, entries: Sequence[Entry]) -> list[Entry]:
+    def of(self, entries: Entries) -> Iterator[Entry]:
         """The entries of the part, each as often as it is drawn.
 
         Args:
             entries: All entries of the source.
         """
-        paths = dict.fromkeys(entry.path for entry in entries)
-        if self.first is not None and len(paths) < self.first:
-            log.warning("%s has %d photos, fewer than first=%d; all are taken", self.source, len(paths), self.first)
-        taken = set(itertools.islice(paths, self.first))
-        return [entry for entry in entries if entry.path in taken for _ in range(self.weight)]
+        if self.first is not None and len(entries.files) < self.first:
+            log.warning(
+                "%s has %d photos, fewer than first=%d; all are taken", self.source, len(entries.files), self.first
+            )
+        taken = range(len(entries)) if self.first is None else np.flatnonzero(entries.file < self.first).tolist()
+        return (entry for entry in map(entries.item, taken) for _ in range(self.weight))
 
 
 Source = str | Path | Part | Sequence[str | Path | Part]
@@ -92,6 +95,76 @@ class Entry(NamedTuple):
     path: Path
     prompt: str | None = None
     window: Window | None = None
+
+
+class Entries(Lazy[Entry]):
+    """What a source lists, in about the bytes of its texts and 28 more a row, however often a row names one file.
+
+    Args:
+        rows: The entries.
+
+    Attributes:
+        files: The distinct files, in the order in which they first come.
+        file: Number of each entry's file, (N,).
+        prompts: Each entry's prompt, or None.
+        windows: `top`, `left` and `side` of each entry, (N, 3), -1 where it has no window; None where no entry has one.
+    """
+
+    def __init__(self, rows: Iterable[Entry]) -> None:
+        paths, texts = Packed(), Packed()
+        path_at, text_at, cells = array("i"), array("i"), array("i")
+        last_path: Path | None = None
+        last_text: str | None = None
+        for path, text, window in rows:
+            if last_path is None or path != last_path:  # rows of one file mostly come one after the other
+                paths.append(str(path))
+                last_path = path
+            if text is not None and text != last_text:
+                texts.append(text)
+                last_text = text
+            path_at.append(len(paths) - 1)
+            text_at.append(-1 if text is None else len(texts) - 1)
+            cells.extend(window or (-1, -1, -1))
+        first, number = numbered(digests(paths))
+        if len(first) < len(paths):
+            paths = Packed(Picked(paths, first))
+        self.files = Paths(paths)
+        self.file = number[np.array(path_at, np.int32)]
+        self.prompts = Picked[str | None](texts, np.array(text_at, np.int32))
+        windows = np.array(cells, np.int32).reshape(-1, 3)
+        self.windows = windows if bool((windows >= 0).any()) else None
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def window(self, place: int) -> Window | None:
+        """The window of an entry."""
+        if self.windows is None or self.windows[place, 2] < 0:
+            return None
+        return Window(*map(int, self.windows[place]))
+
+    def item(self, place: int) -> Entry:  # noqa: D102  # as of Lazy
+        return Entry(self.files[int(self.file[place])], self.prompts[place], self.window(place))
+
+    def keys(self) -> np.ndarray:
+        """File and window of each entry, (N, 4): equal where entries are of the same pixels."""
+        windows = np.full((len(self), 3), -1, np.int32) if self.windows is None else self.windows
+        return np.column_stack([self.file, windows])
+
+    def distinct(self) -> Entries:
+        """The entries, of equal ones the first with the last one's prompt."""
+        first, number = numbered(self.keys())
+        last = np.zeros(len(first), np.int64)
+        last[number] = np.arange(len(self))
+        if len(first) == len(self):
+            return self
+        return Entries(
+            self[i]._replace(prompt=self.prompts[j]) for i, j in zip(first.tolist(), last.tolist(), strict=True)
+        )
+
+    def smallest_side(self) -> int | None:
+        """Side of the smallest window; None without one."""
+        return None if self.windows is None else int(self.windows[self.windows[:, 2] > 0, 2].min())
 
 
 class ImageError(ValueError):
@@ -110,8 +183,10 @@ def is_hidden(name: str) -> bool:
 
 def first_five(items: Iterable[object]) -> str:
     """The first five of them for an error message, and how many more there are."""
-    listed = [printable(item) for item in items]
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+    rest = iter(items)
+    named = [printable(item) for item in itertools.islice(rest, 5)]
+    more = sum(1 for _ in rest)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def _image_error(path: str | Path, reason: object) -> ImageError:
@@ -210,17 +285,20 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield root, files, hidden
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[str]:
     """Image files below a folder, hidden ones left out, sorted by relative path."""
-    found = [
-        Path(root, name) for root, files, _ in walk(folder) for name in files if is_image(name) and not is_hidden(name)
-    ]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(
+        os.path.join(root, name)
+        for root, files, _ in walk(folder)
+        for name in files
+        if is_image(name) and not is_hidden(name)
+    )
 
 
-def _rows_of_parquet(path: Path, argument: str) -> list[dict[str, str]]:
+def _rows_of_parquet(path: Path, argument: str) -> Iterator[dict[str, Any]]:
     require_pyarrow(path, argument)
-    return importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
+    table = importlib.import_module("pyarrow.parquet").ParquetFile(path)
+    return (row for batch in table.iter_batches() for row in batch.to_pylist())
 
 
 def require_pyarrow(path: Path, argument: str) -> None:
@@ -233,20 +311,24 @@ def require_pyarrow(path: Path, argument: str) -> None:
         raise ValueError(f"{argument}={path}: parquet needs pyarrow; pip install pyarrow, or give a csv instead")
 
 
-def read_table(path: Path, argument: str) -> list[dict[str, str]]:
-    """Rows of a csv or parquet file with a header, as dicts.
+def read_table(path: Path, argument: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    """Read a csv or parquet file with a header.
 
     Args:
         path: The file.
         argument: The user's argument it came from, for messages.
 
+    Returns:
+        Its columns, and its rows as dicts, read one by one.
+
     Raises:
         ValueError: The file holds no rows, or parquet cannot be read here.
     """
     rows = _rows_of_parquet(path, argument) if path.suffix.lower() == ".parquet" else read_csv(path, argument)
-    if not rows:
+    first = next(rows, None)
+    if first is None:
         raise ValueError(f"{argument}={path} has no rows; give a table with a header line and at least one row")
-    return rows
+    return list(first), itertools.chain([first], rows)
 
 
 def _window(row: dict[str, Any], number: int, table: str) -> Window | None:
@@ -256,7 +338,7 @@ def _window(row: dict[str, Any], number: int, table: str) -> Window | None:
         return None
     try:
         window = Window(*(int(float(cell)) for cell in cells))  # a table with gaps holds 512.0 for 512
-        if window != tuple(map(float, cells)) or min(window) < 0 or window.side < 1:
+        if window != tuple(map(float, cells)) or min(window) < 0 or window.side < 1 or max(window) >= 1 << 31:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         given = ", ".join(f"{name}={cell}" for name, cell in zip(Window._fields, cells, strict=True))
@@ -273,34 +355,30 @@ def _named(folder: Path, line: str) -> Path:
     return next((path for path in (folder / name for name in names) if path.is_file()), folder / names[-1])
 
 
-def _listed(path: Path, argument: str) -> list[Entry]:
+def _listed(path: Path, argument: str) -> Iterator[Entry]:
     """Entries of a list or manifest; relative paths count from the folder the file lies in."""
     if path.suffix.lower() == ".txt":
-        entries = [Entry(_named(path.parent, line)) for line in read_lines(path, argument) if line.strip()]
-        if not entries:
-            raise ValueError(f"{argument}={path} is an empty list; write one image path per line")
-        return entries
-    rows = read_table(path, argument)
-    column = next((name for name in ("image_path", "path") if name in rows[0]), None)
+        return (Entry(_named(path.parent, line)) for line in read_lines(path, argument) if line.strip())
+    columns, rows = read_table(path, argument)
+    column = next((name for name in ("image_path", "path") if name in columns), None)
     if column is None:
-        raise ValueError(f"{argument}={path} has columns {', '.join(rows[0])}; name the one with files image_path")
-    given = [name for name in Window._fields if name in rows[0]]
+        raise ValueError(f"{argument}={path} has columns {', '.join(columns)}; name the one with files image_path")
+    given = [name for name in Window._fields if name in columns]
     if given and len(given) < len(Window._fields):
         raise ValueError(
             f"{argument}={path} has of a window's columns only {', '.join(given)}; give all of top, left, side, or none"
         )
-    files = {name: path.parent / name for name in {row[column] for row in rows}}  # one for all windows of a photo
-    return [
+    return (
         Entry(
-            files[row[column]],
+            path.parent / row[column],
             row.get("prompt"),
             _window(row, number, f"{argument}={path}") if given else None,
         )
         for number, row in enumerate(rows, 1)
-    ]
+    )
 
 
-def list_entries(source: Source, argument: str = "source") -> list[Entry]:
+def list_entries(source: Source, argument: str = "source") -> Entries:
     """Find out which image files, or which windows of them, are meant.
 
     Args:
@@ -319,50 +397,58 @@ def list_entries(source: Source, argument: str = "source") -> list[Entry]:
         ValueError: The source holds no images, is of an unknown kind, or has a window that is none.
     """
     if isinstance(source, Part):
-        return source.of(list_entries(source.source, argument))
+        return Entries(source.of(list_entries(source.source, argument)))
     if not isinstance(source, str | Path):
         if not source:
             raise ValueError(f"{argument}=[] names nothing; give a folder, an image, a list or a manifest")
-        return [entry for part in source for entry in list_entries(part, argument)]
+        return Entries(entry for part in source for entry in list_entries(part, argument))
     path = Path(source).expanduser()
     if path.is_dir():
         found = _images_below(path)
         if not found:
             kinds = " ".join(sorted(IMAGE_EXTENSIONS))
             raise ValueError(f"{argument}={source} holds no images; put files there that end in one of {kinds}")
-        return [Entry(file) for file in found]
+        return Entries(Entry(Path(file)) for file in found)
     if not path.exists():
         raise FileNotFoundError(f"{argument}={source} does not exist; give a folder, an image, a list or a manifest")
     if is_image(path):
-        return [Entry(path)]
+        return Entries([Entry(path)])
     if path.suffix.lower() not in {".txt", ".csv", ".parquet"}:
         raise ValueError(f"{argument}={source} is of no known kind; give a folder, an image, a .txt, .csv or .parquet")
-    entries = _listed(path, argument)
-    gone = {file for file in dict.fromkeys(entry.path for entry in entries) if not file.is_file()}
-    missing = [entry.path for entry in entries if entry.path in gone]
-    if missing:
+    entries = Entries(_listed(path, argument))
+    if not len(entries):
+        raise ValueError(f"{argument}={path} is an empty list; write one image path per line")
+    gone = np.flatnonzero([not os.path.isfile(file) for file in entries.files.texts])
+    if len(gone):
+        missing = np.flatnonzero(np.isin(entries.file, gone)).tolist()
         raise FileNotFoundError(
             f"{argument}={source} lists {len(missing)} of {len(entries)} files that do not exist: "
-            f"{first_five(missing)}; correct the list (relative paths count from its folder)"
+            f"{first_five(entries[i].path for i in missing)}; correct the list (relative paths count from its folder)"
         )
     return entries
 
 
-def list_images(source: Source, argument: str = "source") -> list[tuple[Path, str | None]]:
+def whole_entries(source: Source, argument: str = "source") -> Entries:
     """Find out which image files are meant, where only whole images are of use; arguments as for `list_entries`.
-
-    Returns:
-        (path, prompt) in a fixed order; the prompt is None where the source gives none.
 
     Raises:
         FileNotFoundError: The source, or a file it lists, does not exist (the first five are named).
         ValueError: The source holds no images, is of an unknown kind, or lists windows.
     """
     entries = list_entries(source, argument)
-    windows = sum(entry.window is not None for entry in entries)
-    if windows:
+    if entries.windows is not None:
+        windows = int((entries.windows[:, 2] > 0).sum())
         raise ValueError(
             f"{argument}={source} lists {windows} windows of photos (columns top, left, side), which only training and "
             f"validation take; give {argument} whole images"
         )
-    return [(entry.path, entry.prompt) for entry in entries]
+    return entries
+
+
+def list_images(source: Source, argument: str = "source") -> list[tuple[Path, str | None]]:
+    """Find out which image files are meant; arguments and errors as of `whole_entries`.
+
+    Returns:
+        (path, prompt) in a fixed order; the prompt is None where the source gives none.
+    """
+    return [(entry.path, entry.prompt) for entry in whole_entries(source, argument)]

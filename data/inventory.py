@@ -7,13 +7,34 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from common.files import printable, replacing
 from common.made import RECORD
 from data.images import Part, Source, first_five, is_hidden, is_image, walk
+from data.packed import Lookup, path_texts
 
 _NAMED = 4  # kinds of unused files that a line names
+
+
+class RealPaths:
+    """Paths with links resolved, folder by folder, which saves most of the work where many files lie in one."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def folder(self, folder: str) -> str:
+        """The real path of a folder."""
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        return self._folders[folder]
+
+    def __call__(self, file: str) -> str:
+        """The real path of a file."""
+        if os.path.islink(file):
+            return os.path.realpath(file)
+        return os.path.join(self.folder(os.path.dirname(file)), os.path.basename(file))
 
 
 @dataclass(frozen=True)
@@ -64,8 +85,15 @@ class Inventory:
         Raises:
             ValueError: The output is, holds or lies in the input.
         """
-        out, files = os.path.realpath(output), {os.path.realpath(path) for path in self.used}
-        if out in files:
+        out = os.path.realpath(output)
+        files = RealPaths()
+        lost, inside = False, ""  # of the files in or below the output, the first by name
+        for path in path_texts(self.used):
+            file = files(path)
+            lost |= file == out
+            if file.startswith(os.path.join(out, "")) and (not inside or file < inside):
+                inside = file
+        if lost:
             raise ValueError(f"output={output} is an image of {self._given()}, which would be lost; give another name")
         above = {out, *map(str, Path(out).parents)}
         folders = () if self.source is None else _folders(self.source)
@@ -78,38 +106,41 @@ class Inventory:
             )
         if within:
             return
-        for folder in dict.fromkeys([*read, *map(os.path.dirname, sorted(files))]):
+        for folder in [*read, *([os.path.dirname(inside)] if inside else [])]:
             if folder == out or folder.startswith(os.path.join(out, "")):
                 raise ValueError(f"output={output} holds {folder}, where images of {self._given()} lie; {hint}")
 
 
-def unused_files(source: Source, used: Iterable[Path], reasons: Mapping[Path, str], other: str) -> dict[Path, str]:
+def unused_files(
+    source: Source, used: Iterable[Iterable[Path]], reasons: Mapping[Path, str], other: str
+) -> dict[Path, str]:
     """Find the files below the folders of a source that are not used.
 
     Args:
         source: One source or several, as `data.images.list_entries` takes them; lists and images have no such files.
-        used: The files that are used.
+        used: The files that are used, list by list.
         reasons: Files that are known not to be used -> why.
         other: Why an image is not used that `reasons` does not name.
 
     Returns:
         File, or hidden folder -> why it is not used; in a fixed order, those of `reasons` last.
     """
-    places: dict[str, str] = {}
+    real = RealPaths()
 
-    def key(path: Path) -> tuple[str, str]:
-        folder, name = os.path.split(path)
-        if folder not in places:
-            places[folder] = os.path.realpath(folder)
-        return places[folder], name
+    def keys(paths: Iterable[str]) -> Iterator[str]:
+        return (os.path.join(real.folder(os.path.dirname(path)), os.path.basename(path)) for path in paths)
 
-    taken = {key(path) for path in (*used, *reasons)}
+    folders = _folders(source)
+    taken = Lookup(keys(chain(*map(path_texts, used), path_texts(reasons))) if folders else ())
     found: dict[Path, str] = {}
-    for folder in _folders(source):
-        for path in _files(folder):
-            if key(path) not in taken and path.name != RECORD:
-                hidden = is_hidden(path.name)
-                found[path] = "hidden" if hidden else other if is_image(path) else "no image of a kind that is read"
+    for folder in folders:
+        for root, files, hidden in walk(folder):
+            names = sorted([*files, *hidden])
+            places = taken.places(keys(os.path.join(root, name) for name in names))
+            for name, place in zip(names, places, strict=True):
+                if place < 0 and name != RECORD:
+                    kind = other if is_image(name) else "no image of a kind that is read"
+                    found[Path(root, name)] = "hidden" if is_hidden(name) else kind
     return {**found, **reasons}
 
 
@@ -118,11 +149,6 @@ def _folders(source: Source) -> list[Path]:
     sources = [source] if isinstance(source, str | Path | Part) else source
     paths = [Path(part.source if isinstance(part, Part) else part).expanduser() for part in sources]
     return [path for path in paths if path.is_dir()]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Each file and each hidden folder below a folder."""
-    return (Path(root, name) for root, files, hidden in walk(folder) for name in sorted([*files, *hidden]))
 
 
 def write_unused(path: Path, inventories: Iterable[Inventory]) -> int:

@@ -7,8 +7,10 @@ holds pairs. Names alone make a layout only where files match; a photo tree that
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.images import ImageError, first_five, image_size, list_images, read_image
+from data.images import ImageError, first_five, image_size, list_images, read_image, whole_entries
+from data.packed import Packed, Paths, digests, numbered
+
+Names = tuple[object, ...]
 
 _LQ_WORD = re.compile(r"(lr|lq)(bicubic|bic|bi|bd|dn|wild|unknown|mild|difficult)?(x?\d{1,2})?")
 _HQ_WORD = re.compile(r"(hr|hq|gt)(mod\d+|x?\d{1,3})?")
@@ -88,7 +93,8 @@ def find_layout(folder: Path, scale: int, argument: str) -> Layout | None:
         ValueError: The folder holds no images, several sets of pairs, none of this scale, or looks paired and is not
             understood.
     """
-    files = [path.relative_to(folder) for path, _ in list_images(folder, argument)]
+    top = os.path.join(folder, "")
+    files = Paths(Packed(path.removeprefix(top) for path in whole_entries(folder, argument).files.texts))
     found = _two_folders(folder, files, scale, argument) or _one_folder(folder, files, scale, argument)
     if found is None and argument != "predict":  # a prediction of every image there is what it says
         _refuse_lookalikes(folder, files, argument)
@@ -226,14 +232,15 @@ def _one_folder(folder: Path, files: Sequence[Path], scale: int, argument: str) 
     """Pairs of files that lie side by side, told apart by how their names end."""
     lqs: dict[Path, dict[int | None, Path]] = {}
     hqs: dict[Path, Path] = {}
-    plain = {file.with_suffix(""): file for file in files}
-    for stem, file in plain.items():
-        if lq := _LQ_STEM.match(stem.name):
+    for file in files:
+        if lq := _LQ_STEM.match(file.stem):
             factor = lq["a"] or lq["b"]
-            lqs.setdefault(stem.with_name(lq["base"]), {})[int(factor) if factor else None] = file
-        elif hq := _HQ_STEM.match(stem.name):
-            hqs[stem.with_name(hq["base"])] = file
-    bare = {base: plain[base] for base in lqs.keys() & plain.keys() - hqs.keys()}
+            lqs.setdefault(file.with_name(lq["base"]), {})[int(factor) if factor else None] = file
+        elif hq := _HQ_STEM.match(file.stem):
+            hqs[file.with_name(hq["base"])] = file
+    if not lqs:
+        return None
+    bare = {base: file for file in files if (base := file.with_suffix("")) in lqs and base not in hqs}
     for base, file in list(bare.items()):
         factor, small = next(iter(lqs[base].items()))
         if _ratio(folder / small, folder / file) != (factor or scale):  # an enlarged image may be called _x4 as well
@@ -284,18 +291,17 @@ def _refuse_lookalikes(folder: Path, files: Sequence[Path], argument: str) -> No
     Raises:
         ValueError: Files of one name in two folders, or of names that end in two ways, show the same at a usual factor.
     """
-    places: dict[tuple[object, ...], dict[tuple[object, ...], dict[str, Path]]] = {}
-    above = {file.parts[:i] for file in files for i, part in enumerate(file.parts[:-1]) if _role(part)}
-    for file in files:
-        if file.parts[:-1] in above:  # a.png and LR/a.png
-            places.setdefault((file.parts[:-1],), {}).setdefault(((), file.stem), {})["."] = file
-        parts, stem = file.parent.parts, file.stem
-        for i, part in enumerate(parts):
-            names = places.setdefault((parts[:i],), {})
-            names.setdefault((parts[i + 1 :], stem), {})[part] = file
-        if turn := _TURN.match(stem):
-            places.setdefault((parts, "names"), {}).setdefault((turn["base"],), {})[turn["turn"]] = file
-    for names in places.values():
+    _, number = numbered(digests(repr(version[:2]) for version in _versions(files)))
+    several = np.bincount(number)[number] > 1 if len(number) else []
+    places: dict[Names, dict[Names, dict[str, Path]]] = {}
+    alone: Counter[tuple[Names, str]] = Counter()  # versions of images of which there is one
+    for (place, name, version, file), more in zip(_versions(files), several, strict=True):
+        names = places.setdefault(place, {})
+        if more:
+            names.setdefault(name, {})[version] = file
+        else:
+            alone[place, version] += 1
+    for place, names in places.items():
         groups = [group for _, group in sorted(names.items(), key=str) if len(group) > 1]
         if not groups:
             continue
@@ -305,7 +311,7 @@ def _refuse_lookalikes(folder: Path, files: Sequence[Path], argument: str) -> No
             alike = alike and alike & _same_at_a_factor(folder, probe)
         for small, large, factor in sorted(alike):
             both = sum(small in group and large in group for group in groups)
-            if 2 * both < sum(small in group for group in names.values()):
+            if 2 * both < sum(small in group for group in names.values()) + alone[place, small]:
                 continue
             lq, hq = probes[0][small], probes[0][large]
             raise ValueError(
@@ -313,6 +319,19 @@ def _refuse_lookalikes(folder: Path, files: Sequence[Path], argument: str) -> No
                 f"1/{factor} of its size; {explicit(folder / lq.parent, folder / hq.parent, argument)}"
                 + (", csv: a table with the columns lq and hq" if lq.parent == hq.parent else "")
             )
+
+
+def _versions(files: Iterable[Path]) -> Iterator[tuple[Names, Names, str, Path]]:
+    """(place, image there, what this version of it is called, file): for each way in which names may tell versions."""
+    roles = {file.parts[:i] for file in files for i, part in enumerate(file.parts[:-1]) if _role(part)}
+    for file in files:
+        parts, stem = file.parent.parts, file.stem
+        if parts in roles:  # a.png and LR/a.png
+            yield (parts,), ((), stem), ".", file
+        for i, part in enumerate(parts):
+            yield (parts[:i],), (parts[i + 1 :], stem), part, file
+        if turn := _TURN.match(stem):
+            yield (parts, "names"), (turn["base"],), turn["turn"], file
 
 
 def _same_at_a_factor(folder: Path, group: dict[str, Path]) -> set[tuple[str, str, int]]:

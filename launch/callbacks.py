@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ class SayInputs(Callback):
     def _write(self, trainer: Trainer, stage: str, pl_module: LightningModule | None = None) -> None:
         inventories = self._inventories(trainer, stage)
         if isinstance(pl_module, TrainingModule):
-            inventories = pl_module.gathered(inventories)
+            inventories = pl_module.gathered([replace(one, used=()) for one in inventories])  # unused files alone
         if self._path is None or not trainer.is_global_zero:
             return
         count = write_unused(self._path, inventories)

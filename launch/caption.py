@@ -56,7 +56,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     }
     journal = Journal(part, settings)
     try:
-        unused = unused_files(options.source, paths, {}, "not used")
+        unused = unused_files(options.source, [paths], {}, "not used")
         found = Inventory("source", options.source, len(set(paths)), "photos to caption", unused, paths)
         table = output.with_name(f"{output.name}.skipped.csv")
         print(f"isr: {found}" + (f", named in {table}" if write_unused(table, [found]) else ""), file=sys.stderr)

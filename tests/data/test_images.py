@@ -307,15 +307,19 @@ class TestListImages:
         (tmp_path / "m.parquet").touch()
         rows = [{"image_path": "a.png", "prompt": "a cat"}]
 
-        class Table:
+        class Batch:
             @staticmethod
             def to_pylist() -> list[dict[str, str]]:
                 return rows
 
+        class Table:
+            def __init__(self, _path: Path) -> None: ...
+
+            def iter_batches(self) -> list[type[Batch]]:
+                return [Batch]
+
         class Reader:
-            @staticmethod
-            def read_table(_path: Path) -> type[Table]:
-                return Table
+            ParquetFile = Table
 
         monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
         monkeypatch.setattr("importlib.import_module", lambda _: Reader)
