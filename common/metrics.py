@@ -188,7 +188,7 @@ def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -
             from pyiqa.default_model_configs import DEFAULT_CONFIGS
         except ImportError as error:
             raise MetricUnavailableError(
-                f"{_PYIQA}{name}: pyiqa cannot be imported ({_one_line(error)}); pip install 'isr-papers[metrics]'"
+                f"{_PYIQA}{name}: pyiqa cannot be imported ({_first_line(error)}); pip install 'isr-papers[metrics]'"
             ) from error
         if name not in DEFAULT_CONFIGS:
             close = ", ".join(difflib.get_close_matches(name, DEFAULT_CONFIGS, n=5)) or "no name close to it"
@@ -199,7 +199,7 @@ def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -
             with safe_loading():
                 model = pyiqa.create_metric(name, device=device)
         except Exception as error:  # a download fails in as many ways as pyiqa has loaders
-            raise MetricUnavailableError(f"{_PYIQA}{name}: {_one_line(error)}") from error
+            raise MetricUnavailableError(f"{_PYIQA}{name}: {_first_line(error)}") from error
     model.eval()
     options = {key: value for key, value in DEFAULT_CONFIGS[name]["metric_opts"].items() if key != "type"}
     listed = ", ".join(f"{key}={value}" for key, value in options.items())
@@ -240,7 +240,7 @@ def own_random_state(device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -30,6 +30,7 @@ from huggingface_hub.errors import GatedRepoError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from common.errors import one_line
 from common.parameters import count
 
 if TYPE_CHECKING:
@@ -411,7 +412,7 @@ def _hub_folder(repo: str, subfolder: str, weights: bool) -> Path:
         reason = f"gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`"
         raise _not_found(repo, subfolder, reason) from error
     except Exception as error:
-        reason = f"the download failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"the download failed with {type(error).__name__}: {one_line(error, 200)}"
         raise _not_found(repo, subfolder, reason) from error
 
 
@@ -468,7 +469,7 @@ def _read_weights(read: Callable[[], Any], pretrained: str, subfolder: str) -> A
     try:
         return read()
     except OSError as error:
-        reason = f"'{subfolder or 'model'}' cannot be read: {' '.join(str(error).split())[:300]}"
+        reason = f"'{subfolder or 'model'}' cannot be read: {one_line(error, 300)}"
         if HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
             raise _not_found(pretrained, subfolder, reason) from error
         raise WeightsNotFoundError(f"pretrained='{pretrained}': {reason}") from error

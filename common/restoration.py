@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common.color import color_fix
+from common.errors import one_line
 from common.files import csv_text, inside, replacing
 from common.images import bicubic_upsample, write_png
 from common.large import upscale_large, write_tiff_rows
@@ -538,7 +539,7 @@ def measured(metric: MetricProtocol, sr: Image, hq: Image | None) -> tuple[float
         if not math.isfinite(value):
             raise ValueError(f"its value is {value}")
     except (ValueError, RuntimeError) as error:
-        return None, _NOT_COMPUTED + (" ".join(str(error).split()) or type(error).__name__)
+        return None, _NOT_COMPUTED + one_line(error)
     return value, metric.describe()
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from common.errors import one_line
+
 Pixels = NDArray[np.uint8]
 Convert = Callable[[NDArray], Pixels]
 
@@ -69,7 +71,7 @@ def _converter(profile: bytes, channels: int, deep: bool) -> Convert | str | Non
             convert = _by_transform(opened, channels, deep)
         return None if _changes_nothing(convert, channels, deep) else convert
     except (ImageCms.PyCMSError, OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
 
 
 def _changes_nothing(convert: Convert, channels: int, deep: bool) -> bool:

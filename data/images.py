@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from common.errors import one_line
 from common.files import printable
 from data.colours import Pixels as Pixels
 from data.packed import Lazy, Packed, Paths, Picked, digests, numbered
@@ -190,7 +191,7 @@ def first_five(items: Iterable[object]) -> str:
 
 
 def _image_error(path: str | Path, reason: object) -> ImageError:
-    text = " ".join(str(reason).split()) or type(reason).__name__
+    text = one_line(reason)
     return ImageError(f"cannot read image {printable(path)}: {text}; replace the file or take it out of the set")
 
 

@@ -11,18 +11,18 @@ from common.files import safe_loading
 from launch.errors import UsageError, report
 from launch.signals import Stopped, ending_on_signals, received
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("launch.lightning_cli", "train a method: isr fit -c CONFIG [-c OVERLAY ...] [--model.ARG=VALUE ...]"),
-    "validate": ("launch.lightning_cli", "score a checkpoint on the validation images"),
-    "test": ("launch.lightning_cli", "score a checkpoint on the test images, write metrics.csv and the images"),
-    "predict": ("launch.lightning_cli", "upscale a folder of images: --data.predict DIR [--output DIR]"),
-    "parameters": ("launch.parameters", "count a configuration's parameters, network by network, without weights"),
-    "caption": ("launch.caption", "caption the patches of photos for training: isr caption DIR -o captions.parquet"),
-    "export": ("launch.export", "write a trained model as a diffusers folder: isr export RUN -o DIR"),
-    "compare": ("launch.compare", "put runs, GANs and foreign results side by side: isr compare --runs RUN -o DIR"),
-    "metrics": ("launch.metrics", "the metrics' weights and licences: isr metrics list | doctor | fetch"),
-    "demo": ("launch.demo", "train and test every demo configuration on embedded photos, write the report"),
-    "foundation": ("launch.foundation", "train the embedded tiny foundation again (an hour or two)"),
+COMMANDS: dict[str, tuple[str, str]] = {  # module under launch.commands, line of the help
+    "fit": ("fit", "train a method: isr fit -c CONFIG [-c OVERLAY ...] [--model.ARG=VALUE ...]"),
+    "validate": ("fit", "score a checkpoint on the validation images"),
+    "test": ("fit", "score a checkpoint on the test images, write metrics.csv and the images"),
+    "predict": ("fit", "upscale a folder of images: --data.predict DIR [--output DIR]"),
+    "parameters": ("parameters", "count a configuration's parameters, network by network, without weights"),
+    "caption": ("caption", "caption the patches of photos for training: isr caption DIR -o captions.parquet"),
+    "export": ("export", "write a trained model as a diffusers folder: isr export RUN -o DIR"),
+    "compare": ("compare", "put runs, GANs and foreign results side by side: isr compare --runs RUN -o DIR"),
+    "metrics": ("metrics", "the metrics' weights and licences: isr metrics list | doctor | fetch"),
+    "demo": ("demo", "train and test every demo configuration on embedded photos, write the report"),
+    "foundation": ("foundation", "train the embedded tiny foundation again (an hour or two)"),
 }
 
 HELP = (
@@ -59,7 +59,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"no command {command!r}; there are {', '.join(COMMANDS)} (isr --help says what they do)")
-        module = importlib.import_module(COMMANDS[command][0])
+        module = importlib.import_module(f"launch.commands.{COMMANDS[command][0]}")
         return int(module.run(command, rest) or 0)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -1,36 +1,28 @@
-"""`isr demo`: train and test every demo configuration on the embedded photos in one process, and write the report."""
+"""The demo's rows: the configurations in `papers/*/configs/demo`, and how each is fitted and tested."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import importlib.resources
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import held
+from common.errors import one_line
 from launch.errors import UsageError
-from launch.signals import Stopped
 
 if TYPE_CHECKING:
     from data.datamodules import Photos
-    from launch.comparison import Comparison
 
-_ORDER = re.compile(r"^\d+_")
 METRICS = ("psnr_y", "ssim_y", "psnr_rgb", "torchmetrics:vif", "sharpness", "neutrality")
-"""What the report measures: no weights, no extra, whatever is installed."""
-_NOTE = (
-    "This shows that everything runs, on a toy scale: tiny networks, trained for minutes on a few photos. It does not "
-    "rank the papers' methods."
-)
+"""Metrics of the report; they need no weights and no extra, so they are the same on every installation."""
+_ORDER = re.compile(r"^\d+_")
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """A demo configuration: `papers/<paper>/configs/demo/NN_<name>.yaml`."""
 
     paper: str
@@ -69,7 +61,7 @@ class Row:
 class Outcome:
     """What became of a row; `failure` says what failed, `run` and `checkpoint` are there once the fit is done."""
 
-    row: Row
+    row: DemoRow
     run: Path | None = None
     checkpoint: Path | None = None
     steps: int = 0
@@ -113,7 +105,7 @@ class Outcome:
         )
 
 
-def find_rows(only: Sequence[str] = (), papers: Path | None = None) -> list[Row]:
+def find_rows(only: Sequence[str] = (), papers: Path | None = None) -> list[DemoRow]:
     """All demo configurations, papers by name and each paper's by file name.
 
     Args:
@@ -125,7 +117,7 @@ def find_rows(only: Sequence[str] = (), papers: Path | None = None) -> list[Row]
     """
     root = papers or Path(str(importlib.resources.files("papers")))
     found = sorted(root.glob("*/configs/demo/*.yaml"), key=lambda path: (path.parents[2].name, path.name))
-    rows = [Row(path.parents[2].name, _ORDER.sub("", path.stem), path) for path in found]
+    rows = [DemoRow(path.parents[2].name, _ORDER.sub("", path.stem), path) for path in found]
     kept = [row for row in rows if not only or any(text in row.label for text in only)]
     if not kept:
         asked = f"--only {' '.join(only)} matches none of the rows" if only else "there are no demo configurations"
@@ -133,98 +125,7 @@ def find_rows(only: Sequence[str] = (), papers: Path | None = None) -> list[Row]
     return kept
 
 
-def run(command: str, argv: list[str]) -> int:
-    """Run `isr demo` with these arguments.
-
-    Returns:
-        0; 1 where a row failed. The report is written in both cases.
-
-    Raises:
-        InUseError: Another demo is under way in the same folder of runs.
-        Stopped: A signal ends it; rows that are done are kept.
-        UsageError: The arguments select nothing.
-    """
-    options = _parser(command).parse_args(argv)
-    rows, runs = find_rows(options.only), Path(options.runs)
-    with held(runs / "demo"):
-        return _run(rows, runs, options.max_steps)
-
-
-def _run(rows: Sequence[Row], runs: Path, max_steps: int | None) -> int:
-    start = time.perf_counter()
-    importlib.import_module("launch.lightning_cli")  # some seconds, which are not the first row's
-    data, failed_early = _open_data(rows)
-    setup_seconds = time.perf_counter() - start
-    print(f"demo: {len(rows)} row{'s' if len(rows) > 1 else ''}, set-up {setup_seconds:.0f} s", flush=True)
-    outcomes: list[Outcome] = []
-    try:
-        for number, row in enumerate(rows, 1):
-            print(f"demo: row {number} of {len(rows)}: {row.label}", flush=True)
-            outcome = failed_early.get(row.label) or _fit_and_test(row, runs, max_steps)
-            outcomes.append(outcome)
-            print(f"demo: row {row.label} {outcome.said()}", flush=True)
-    except Stopped:
-        _say_what_is_kept(rows, outcomes, runs)
-        raise
-    if data is None:
-        print("demo: no row's data can be had, so there is no report")
-        return 1
-    return _report(rows, outcomes, data, runs, max_steps, setup_seconds)
-
-
-def _say_what_is_kept(rows: Sequence[Row], outcomes: Sequence[Outcome], runs: Path) -> None:
-    """A line about a demo that a signal ends."""
-    done = [outcome.row.label for outcome in outcomes if not outcome.failure]
-    last = rows[min(len(outcomes), len(rows) - 1)].label
-    kept = f"{len(done)} of {len(rows)} rows are done and kept under {runs}: {', '.join(done) or 'none'}"
-    print(f"demo: ended in row {last}, without a report; {kept}", flush=True)
-
-
-def _report(
-    rows: Sequence[Row],
-    outcomes: Sequence[Outcome],
-    data: Photos,
-    runs: Path,
-    max_steps: int | None,
-    setup_seconds: float,
-) -> int:
-    """Write the report and say where it is and what it took."""
-    from launch.comparison.outputs import means_table
-
-    failed = [outcome for outcome in outcomes if outcome.failure]
-    start = time.perf_counter()
-    made = _write_report(data, outcomes, runs, max_steps)
-    report_seconds = time.perf_counter() - start
-    for dataset in made.data["datasets"]:
-        print(f"\n{means_table(made.data, dataset)}\n")
-    fit, test = sum(o.fit_seconds for o in outcomes), sum(o.test_seconds for o in outcomes)
-    times = f"set-up {setup_seconds:.0f} s, fit {fit:.0f} s, test {test:.0f} s, report {report_seconds:.0f} s"
-    print(f"demo: {len(outcomes) - len(failed)} of {len(rows)} rows done; {times}")
-    for outcome in failed:
-        print(f"demo: row {outcome.row.label} {outcome.said()}")
-        print(f"demo: alone, with its traceback: isr {outcome.again()} --debug")
-    print(f"demo: report: {made.page}")
-    print(f"demo: the same as text: {made.markdown}")
-    print(f"demo: curves and images: tensorboard --logdir {runs}", flush=True)
-    return 1 if failed else 0
-
-
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only rows whose name holds a TEXT")
-    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
-    parser.add_argument("--max-steps", type=_positive, help="steps of every fit, instead of its own number")
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is out of range; give 1 or more")
-    return value
-
-
-def _open_data(rows: Sequence[Row]) -> tuple[Photos | None, dict[str, Outcome]]:
+def open_data(rows: Sequence[DemoRow]) -> tuple[Photos | None, dict[str, Outcome]]:
     """The data module of the rows, and the rows that fail: data unreadable, or other test images than the rest."""
     import yaml
     from jsonargparse import ArgumentParser
@@ -252,7 +153,7 @@ def _open_data(rows: Sequence[Row]) -> tuple[Photos | None, dict[str, Outcome]]:
                     "give all demo rows the same"
                 )
         except Exception as error:  # one row's mistake must not stop the others
-            failures[row.label] = Outcome(row, failure=f"set-up: {_one_line(error)}")
+            failures[row.label] = Outcome(row, failure=f"set-up: {_named_error(error)}")
     return common, failures
 
 
@@ -267,9 +168,16 @@ def _test_set(data: Photos) -> dict[str, Any]:
     }
 
 
-def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
+def fit_and_test(row: DemoRow, runs: Path, max_steps: int | None) -> Outcome:
+    """Fit a row and test its last checkpoint; an error of the row is its outcome.
+
+    Args:
+        row: The row.
+        runs: Folder of all runs.
+        max_steps: Steps of the fit; None takes the row's own number.
+    """
     from common.checkpoints import read_checkpoint
-    from launch.lightning_cli import run as lightning
+    from launch.commands.fit import run as lightning
     from launch.runs import last_run
 
     if not row.trains:
@@ -290,7 +198,7 @@ def _fit_and_test(row: Row, runs: Path, max_steps: int | None) -> Outcome:
         stage, start = "test", time.perf_counter()
         _must_succeed(lightning("test", [*common, "--ckpt_path", str(checkpoint)]))
     except (Exception, SystemExit) as error:  # the other rows still run, and the report names this one
-        outcome.failure = f"{stage}: {_one_line(error)}"
+        outcome.failure = f"{stage}: {_named_error(error)}"
     setattr(outcome, f"{stage}_seconds", time.perf_counter() - start)
     return outcome
 
@@ -302,7 +210,7 @@ def _quick(max_steps: int | None) -> list[str]:
     return [*shorter, "--trainer.log_every_n_steps=1"]
 
 
-def ready(rows: Sequence[Row], runs: Path, max_steps: int | None = None) -> dict[str, Path]:
+def ready(rows: Sequence[DemoRow], runs: Path, max_steps: int | None = None) -> dict[str, Path]:
     """The runs of the rows that train a method, newest of each; a row that has none is fitted first.
 
     Args:
@@ -317,7 +225,7 @@ def ready(rows: Sequence[Row], runs: Path, max_steps: int | None = None) -> dict
         RuntimeError: A fit ended early.
     """
     from common.checkpoints import newest_checkpoint
-    from launch.lightning_cli import run as lightning
+    from launch.commands.fit import run as lightning
 
     trained = [row for row in rows if row.trains]
     for row in trained:
@@ -326,63 +234,22 @@ def ready(rows: Sequence[Row], runs: Path, max_steps: int | None = None) -> dict
     return {row.label: runs / row.paper / row.run_name for row in trained if row.restores}
 
 
-def _test_as_it_is(row: Row, runs: Path) -> Outcome:
-    from launch.lightning_cli import run as lightning
+def _test_as_it_is(row: DemoRow, runs: Path) -> Outcome:
+    from launch.commands.fit import run as lightning
 
     outcome, start, before = Outcome(row), time.perf_counter(), set((runs / row.paper / row.run_name).glob("version_*"))
     try:
         _must_succeed(lightning("test", ["-c", str(row.config), "--runs", str(runs), "--ckpt_path", "null"]))
         (outcome.run,) = set((runs / row.paper / row.run_name).glob("version_*")) - before
     except (Exception, SystemExit) as error:  # as above
-        outcome.failure = f"test: {_one_line(error)}"
+        outcome.failure = f"test: {_named_error(error)}"
     outcome.test_seconds = time.perf_counter() - start
     return outcome
 
 
-def _write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_steps: int | None) -> Comparison:
-    """Choose the blurs on the validation photos and put everything side by side."""
-    from launch import baselines
-    from launch.comparison import compare
-
-    done = [outcome for outcome in outcomes if not outcome.failure]
-    methods = [outcome for outcome in done if outcome.row.restores]
-    data.val_crops = None  # rows may look at few crops while they train; the blurs are chosen on all
-    data.setup("validate")
-    (val,) = data.val_dataloader()
-    choice = [val.dataset[i] for i in range(len(val.dataset))]  # type: ignore[arg-type]  # it has a length
-    sigmas = baselines.choose_sigmas(choice)
-    chosen = ", ".join(f"{baselines.CHOSEN_FOR[metric]} at sigma {sigma:g} px" for metric, sigma in sigmas.items())
-    tried = f"sigma {baselines.SIGMAS[0]:g} to {baselines.SIGMAS[-1]:g} px"
-    notes = [
-        *(
-            [f"A quick look: every fit ran {max_steps} steps instead of its configuration's number."]
-            if max_steps
-            else []
-        ),
-        *(f"The row {o.row.label} is left out, it failed in {o.failure}" for o in outcomes if o.failure),
-        _NOTE,
-        *_random_parts(done),
-        *_toy_conditions(done),
-        f"The blurs were chosen on {len(choice)} crops of the validation photos, among {tried}: {chosen}. A method "
-        "above bicubic but not above the blurs has removed noise and restored no detail that these metrics see.",
-    ]
-    return compare(
-        runs={outcome.row.label: outcome.checkpoint or outcome.folder for outcome in methods},
-        images={outcome.row.label: outcome.folder / "test" for outcome in methods},
-        blurs=baselines.blur_names(sigmas),
-        data=data,
-        output=runs / "demo" / "report",
-        metrics=METRICS,
-        figures=_figures(done),
-        notes=notes,
-        sources=[
-            *(outcome.source() for outcome in done),
-            "A run folder holds the whole configuration, config.yaml, and of a fit versions and git commit, run.json.",
-        ],
-        title="Demo: the methods side by side",
-        device="cpu",
-        progress=False,
-    )
+def _shown(path: Path) -> str:
+    """A path as one types it: from here where it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _must_succeed(code: int) -> None:
@@ -390,57 +257,5 @@ def _must_succeed(code: int) -> None:
         raise RuntimeError(f"exit code {code}")
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _figures(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Plots that the rows left in their run folders, row by row, by file name."""
-    from launch.comparison.pictures import NamedFigure
-
-    return [
-        NamedFigure(outcome.row.label, path)
-        for outcome in outcomes
-        for path in sorted((outcome.folder / "test" / "figures").glob("*.png"))
-    ]
-
-
-def _random_parts(outcomes: Sequence[Outcome]) -> list[str]:
-    """A sentence for each setting by which a row's model has random weights, from the runs' saved configurations."""
-    rows: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        for setting in _random_settings(outcome.model, "model"):
-            rows.setdefault(setting, []).append(outcome.row.label)
-    return [f"Random weights instead of trained ones: {setting} ({', '.join(rows[setting])})." for setting in rows]
-
-
-def _toy_conditions(outcomes: Sequence[Outcome]) -> list[str]:
-    """A sentence for each condition of the embedded foundation that rows use, from the runs' saved configurations."""
-    rows: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        settings = outcome.model.get("init_args", {})
-        if settings.get("condition") == "features" and settings.get("features") == "tiny":
-            toy = "image features come from a two-layer ViT with random weights"
-        elif settings.get("pretrained") == "tiny":
-            toy = "texts go through an encoder that has read seventeen captions"
-        else:
-            continue
-        rows.setdefault(toy, []).append(outcome.row.label)
-    return [f"Toy condition: {toy} ({', '.join(rows[toy])})." for toy in rows]
-
-
-def _random_settings(tree: Mapping[str, Any], prefix: str) -> list[str]:
-    found: list[str] = []
-    for key, value in tree.items():
-        path = prefix if key == "init_args" else f"{prefix}.{key}"
-        if isinstance(value, Mapping):
-            found += _random_settings(value, path)
-        elif isinstance(value, str) and (value == "random" or value.startswith("random:")):
-            width = tree.get(key.replace("weights", "width"))
-            found.append(f"{path}={value}" + (f", width {width:g}" if isinstance(width, float) else ""))
-    return found
-
-
-def _shown(path: Path) -> str:
-    """A path as one types it: from here where it lies below."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def _named_error(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -1,42 +1,18 @@
-"""`isr export RUN -o DIR`: take a trained model away as a diffusers folder, with its averaged weights (EMA)."""
+"""Trained models, loaded from their checkpoints for inference."""
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import load_trained_weights, newest_checkpoint, read_checkpoint
-from common.files import check_free, held
+from common.checkpoints import load_trained_weights, read_checkpoint
 from common.training import TrainingModule
 from launch.errors import UsageError
-from launch.lightning_cli import check_stored, dump
 from launch.parameters import parse
+from launch.parser import check_stored, dump
 from launch.runs import stored_model
-
-
-def run(command: str, argv: Sequence[str]) -> int:
-    """Write the folder and return the exit code.
-
-    Raises:
-        UsageError: The checkpoint does not say what it is of, its method has nothing to take away, or the folder holds
-            files.
-    """
-    parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="checkpoint, or a run's folder, of which the newest is taken")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the networks")
-    options = parser.parse_args(list(argv))
-    check_free(options.output)
-    path = newest_checkpoint(Path(options.run)) or Path(options.run)
-    export: Any = getattr(load(path), "export", None)
-    if export is None:
-        raise UsageError(f"{path}: its method has nothing to export; what it trains is in the checkpoint")
-    with held(options.output):
-        export(options.output)
-    print(f"written: {', '.join(sorted(str(folder) for folder in Path(options.output).iterdir()))}")
-    return 0
 
 
 def load(path: Path) -> TrainingModule:

@@ -19,124 +19,31 @@ What differs from plain LightningCLI:
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
 import tempfile
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_dumper, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 
 from common.checkpoints import newest_checkpoint, read_checkpoint
+from common.errors import one_line
 from common.files import inside
 from common.restoration import RestorationModule
 from common.training import TrainingModule
 from data.images import is_image
-from launch import signals
-from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs, set_aside
-from launch.errors import UsageError, plain
+from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs
+from launch.errors import UsageError
+from launch.parser import Parser, check_stored, dump
+from launch.run_folder import RunLogger, RunTrainer, SaveConfig
 from launch.runs import Given, best_checkpoint, find_stage, leaves, options, paper_of, run_folder_of, stored_model
-
-
-class Parser(LightningArgumentParser):
-    """Raises its errors as one line instead of printing usage and exiting."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the error, shortened to what the user can act on."""
-        parsers = [self, *(choice for action in self._actions for choice in _parsers(action.choices))]
-        options = {
-            option
-            for parser in parsers
-            for action in parser._actions
-            for option in (action.dest, *action.option_strings)
-        }
-        raise UsageError(plain(message, options)) from ex
-
-    def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
-        """`instantiate`, by the name under which Lightning calls it."""
-        made: Namespace = self.instantiate(cfg, **kwargs)
-        return made
-
-
-def _load(text: str) -> Any:
-    """A value of an argument, read as YAML; a text that names a file or folder stays that name, e.g. `a: b`, `[x]`."""
-    value = _yaml(text)
-    return text if (value is None or isinstance(value, (dict, list))) and os.path.lexists(text) else value
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a text that jsonargparse reads as a number and PyYAML does not: `1e3`."""
-
-
-def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = '"' if _EXPONENT.fullmatch(text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
-
-
-def dump(settings: Any) -> str:
-    """Settings as YAML, which reads as the same settings."""
-    return str(yaml.dump(settings, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
-
-
-_EXPONENT = re.compile(r"[-+]?[\d_.]+[eE][-+]?\d+")
-_Dumper.add_representer(str, _represent)
-_yaml = get_loader("yaml")
-set_loader("yaml", _load, (yaml.YAMLError,))
-set_dumper("yaml", dump)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes the whole configuration into a run's folder; a resumed run's earlier one stays beside it."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """A test of a checkpoint writes into the folder of that checkpoint's run, whose configuration stays."""
-        if stage != "fit" and self.config.get("ckpt_path") is not None:
-            return
-        log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
-        if trainer.is_global_zero and log_dir is not None:
-            set_aside(Path(log_dir, self.config_filename))
-        self.config = self.config.clone()
-        self.config["ckpt_path"] = None  # of the run as a whole; run.json has the command that resumed it
-        super().setup(trainer, pl_module, stage)
-
-
-class RunTrainer(Trainer):
-    """A trainer whose folder is the run's, whichever loggers it has, none included."""
-
-    run_logger: TensorBoardLogger | None = None
-    """Knows the run's folder; it logs where no other logger is asked for."""
-
-    @property
-    def log_dir(self) -> str | None:
-        """The run's folder. Asking for it is a broadcast: all processes must, and equally often."""
-        if self.run_logger is None:
-            return super().log_dir
-        return str(self.strategy.broadcast(self.run_logger.log_dir))
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard in a version of the run that no other process takes, however many start at once."""
-
-    def _get_next_version(self) -> int:
-        number: int = super()._get_next_version()
-        while getattr(rank_zero_only, "rank", 0) == 0:  # the other ranks of a fit get its folder from the first
-            try:
-                Path(self.root_dir, f"version_{number}").mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-        return number
 
 
 class IsrCLI(LightningCLI):
@@ -440,58 +347,6 @@ class IsrCLI(LightningCLI):
         return TensorBoardLogger(run.parents[2], name, run.name, default_hp_metric=False, **resumed)
 
 
-def run(command: str, args: Sequence[str]) -> int:
-    """Run one of the four commands with these arguments and return the exit code.
-
-    Raises:
-        UsageError: The arguments or a config cannot be understood.
-        Stopped: A signal ends the command.
-    """
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
-    IsrCLI([command, *args])
-    if (number := signals.received()) is not None:  # after the last step, so that nothing waited for it
-        raise signals.Stopped(number)
-    return 0
-
-
-def _no_advertising(record: logging.LogRecord) -> bool:
-    return "Tip: " not in record.getMessage()
-
-
-_NOISE = (
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
-    ".*module.s. in eval mode at the start of training.*",  # the frozen base is meant to be
-    ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # on purpose: uint8 becomes float on the device
-    ".*does not have many workers.*",  # the embedded photos are quick to degrade; SRData has num_workers=4
-    ".*Using ModelCheckpoint with manual optimization.*",  # it wants the weights before a step
-    ".*but returned no dataloaders.*",  # no validation set was asked for
-)
-
-
-def check_stored(stored: dict[str, Any], source: str) -> None:
-    """Refuse the settings of a checkpoint that this version of the code does not take.
-
-    Args:
-        stored: class_path and init_args of a checkpoint's model.
-        source: The checkpoint, as an argument: `ckpt_path=last.ckpt`.
-
-    Raises:
-        UsageError: Naming the checkpoint and the setting.
-    """
-    parser = Parser(prog="isr")
-    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
-    try:
-        parser.parse_object({"model": stored})
-    except UsageError as error:
-        text = str(error).partition("; see isr")[0]
-        raise UsageError(
-            f"{source}: the checkpoint holds a setting that this version does not take, {text}; use the version that "
-            "wrote it (the commit is in run.json of its run)"
-        ) from error
-
-
 def _null_as_path(args: list[str]) -> list[str]:
     """`--data.train null` means a folder of that name where there is one; else no folder."""
     for place, arg in enumerate(args):
@@ -513,7 +368,7 @@ def _with_source(message: str, args: list[str]) -> str:
             try:
                 yaml.safe_load(path.read_text())
             except (yaml.YAMLError, UnicodeDecodeError) as error:
-                return f"config={path} is no YAML ({' '.join(str(error).split())}); mend that line"
+                return f"config={path} is no YAML ({one_line(error)}); mend that line"
         if unknown and flag.partition("=")[0] == f"--{unknown[1]}":
             return message.replace(":", f"={flag.partition('=')[2] or value}:", 1)
     return message
@@ -522,7 +377,3 @@ def _with_source(message: str, args: list[str]) -> str:
 def _init_args(config: Any, part: str) -> Any:
     """Settings of a command's `model` or `data`; empty where there are none."""
     return (config.get(part) or {}).get("init_args") or {}
-
-
-def _parsers(choices: Any) -> list[LightningArgumentParser]:
-    return [choice for choice in choices.values() if isinstance(choice, Parser)] if isinstance(choices, dict) else []

@@ -1,4 +1,4 @@
-"""`isr parameters CONFIG [OVERLAY ...] [--inference] [--json]`: how large a configuration is, network by network.
+"""Parameters of a configuration, network by network, and the model that configurations describe.
 
 The model section is parsed as `isr fit` parses it and built on the meta device: nothing is downloaded, nothing big is
 allocated, and no data is needed.
@@ -6,8 +6,6 @@ allocated, and no data is needed.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +20,7 @@ from common.parameters import Row, count
 from common.pretrained import architecture_only
 from common.training import TrainingModule
 from launch.errors import UsageError
-from launch.lightning_cli import Parser
+from launch.parser import Parser
 
 OTHER_SECTIONS = (
     "checkpoint", "ckpt_path", "data", "init_from", "name", "output", "return_predictions", "runs", "seed_everything",
@@ -38,33 +36,6 @@ class Planned(Protocol):
     def memory_plan(self) -> dict[str, int]:
         """Bytes of what training holds, by what it is."""
         ...
-
-
-def run(command: str, argv: Sequence[str]) -> int:
-    """Print the table (or JSON) and return the exit code.
-
-    Raises:
-        UsageError: A config is missing or cannot be understood.
-    """
-    parser = argparse.ArgumentParser(
-        f"isr {command}",
-        description="Count a configuration's parameters, network by network; without weights, data or network access.",
-        epilog="Further options of the form --model.ARG=VALUE override the configs.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files, later ones over earlier ones")
-    parser.add_argument("--inference", action="store_true", help="only what a prediction builds")
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
-    options, overrides = parser.parse_known_args(list(argv))
-    if not options.configs:
-        raise UsageError(f"no config given; e.g. isr {command} papers/dfosd/configs/sd21.yaml")
-    model = build(options.configs, overrides, options.inference)
-    counted = summary(model)
-    if options.json:
-        print(json.dumps({"model": _class_path(model), "configs": options.configs, **counted}, indent=2))
-    else:
-        print(table(_class_path(model), counted))
-    return 0
 
 
 def build(configs: Sequence[str | Path], overrides: Sequence[str] = (), inference: bool = False) -> LightningModule:
@@ -190,5 +161,6 @@ def _children(model: LightningModule) -> list[Row]:
     return rows
 
 
-def _class_path(model: LightningModule) -> str:
+def class_path(model: LightningModule) -> str:
+    """Dotted name of a model's class."""
     return f"{type(model).__module__}.{type(model).__qualname__}"

@@ -17,8 +17,9 @@ import torch
 import yaml
 
 from common.images import write_png
-from launch import caption, compare, parameters
+from launch import parameters
 from launch.cli import COMMANDS
+from launch.commands import caption, compare
 from launch.comparison.measures import KNOWN
 from launch.errors import UsageError
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.autoencoder import no_autocast
+from common.errors import one_line
 from common.metrics import to_uint8
 from common.pretrained import DTYPES, HUB_ID, WeightsNotFoundError, ask_hub
 
@@ -141,13 +142,13 @@ class Captioner:
             model = AutoModelForImageTextToText.from_pretrained(root, dtype=self._torch_dtype(), local_files_only=True)
         except OSError as error:
             raise WeightsNotFoundError(
-                f"model='{self.model}' cannot be read: {_one_line(error)}. Give a folder with processor, config and "
-                "weights as transformers saves them, or a hub id."
+                f"model='{self.model}' cannot be read: {one_line(error, 300)}. Give a folder with processor, config "
+                "and weights as transformers saves them, or a hub id."
             ) from error
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"model='{self.model}' is no image-to-text model that transformers knows: {_one_line(error)}. Give one "
-                "that AutoModelForImageTextToText loads, e.g. 'llava-hf/llava-onevision-qwen2-0.5b-ov-hf'."
+                f"model='{self.model}' is no image-to-text model that transformers knows: {one_line(error, 300)}. Give "
+                "one that AutoModelForImageTextToText loads, e.g. 'llava-hf/llava-onevision-qwen2-0.5b-ov-hf'."
             ) from error
         return processor, model.to(self._device).eval().requires_grad_(False)
 
@@ -172,7 +173,9 @@ class Captioner:
         except Exception as error:
             known = isinstance(error, ConnectionError)
             reason = (
-                _one_line(error) if known else f"the download failed with {type(error).__name__}: {_one_line(error)}"
+                one_line(error, 300)
+                if known
+                else f"the download failed with {type(error).__name__}: {one_line(error, 300)}"
             )
             raise WeightsNotFoundError(
                 f"model='{self.model}': not in the Hugging Face cache {huggingface_hub.constants.HF_HUB_CACHE}, and "
@@ -184,7 +187,3 @@ def _tasks(processor: Any) -> list[str]:
     """The tasks that Florence-2's processor knows; none of other models."""
     kinds = ("task_prompts_without_inputs", "task_prompts_with_input")
     return [task for kind in kinds for task in getattr(processor, kind, ())]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

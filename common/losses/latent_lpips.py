@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from common.errors import one_line
 from common.losses.lpips import mean_square
 from common.losses.vgg import build_features, random_state, read_state, stage_channels
 from common.pretrained import network_device
@@ -66,7 +67,7 @@ class LatentLPIPS(nn.Module):
         try:
             self.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as err:
-            reason = " ".join(str(err).split())[:300]
+            reason = one_line(err, 300)
             raise ValueError(f"weights={weights!r} is no latent LPIPS; pass {_FILE}: {reason}") from err
         self.to(memory_format=torch.channels_last).to(network_device(), torch.float32)
         self.requires_grad_(False).train(False)

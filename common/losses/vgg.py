@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoints import read_tensors
+from common.errors import one_line
 from common.pretrained import drawing_weights, network_device
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
     try:
         net.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as err:
-        reason = " ".join(str(err).split())[:300]
+        reason = one_line(err, 300)
         raise ValueError(f"weights={weights!r} is no torchvision {arch} state dict: {reason}") from err
 
 

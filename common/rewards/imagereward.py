@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoints import read_tensors
+from common.errors import one_line
 from common.pretrained import (
     HUB_ID,
     WeightsNotFoundError,
@@ -227,7 +228,7 @@ class ImageReward(Reward):
         try:
             self.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
         except RuntimeError as err:
-            reason = " ".join(str(err).split())[:300]
+            reason = one_line(err, 300)
             raise ValueError(f"weights={weights!r} is no ImageReward; pass its {_FILE}: {reason}") from err
         embeddings = self.text.embeddings  # holds the one buffer that no file has
         embeddings.position_ids = torch.arange(self.size.positions)[None]
@@ -322,7 +323,7 @@ def _load_tokenizer(tokenizer: str) -> Any:
     try:
         found = BertTokenizer.from_pretrained(root, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise WeightsNotFoundError(f"tokenizer='{tokenizer}' cannot be read: {_one_line(error)}") from error
+        raise WeightsNotFoundError(f"tokenizer='{tokenizer}' cannot be read: {one_line(error, 300)}") from error
     return found
 
 
@@ -358,12 +359,8 @@ def _has_vocabulary(folder: Path) -> bool:
 
 def _not_found(what: str, repo: str, error: Exception, instead: str) -> WeightsNotFoundError:
     known = isinstance(error, ConnectionError)
-    reason = str(error) if known else f"the download failed with {type(error).__name__}: {_one_line(error)}"
+    reason = str(error) if known else f"the download failed with {type(error).__name__}: {one_line(error, 300)}"
     return WeightsNotFoundError(
         f"{what} in the Hugging Face cache {huggingface_hub.constants.HF_HUB_CACHE}, and {reason}. "
         f"Fetch it with `hf download {repo}`, or pass {instead}."
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

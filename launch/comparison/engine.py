@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.progress import Progress
 
+from common.errors import one_line
 from common.files import check_free, held
 from common.metrics import MetricProtocol, MetricUnavailableError
 from data.images import ImageError, read_image
@@ -62,7 +63,7 @@ class _Work:
     notes: list[str] = field(default_factory=list)
 
     def fail(self, method: Method, item: Item, error: Exception) -> None:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         failure = {"dataset": item.dataset, "image": item.name, "reason": reason}
         self.failures.setdefault(method.name, []).append(failure)
 
@@ -264,7 +265,7 @@ def _restore(work: _Work, efficiency: bool, device: torch.device, bars: Progress
                 work.costs.append(measure(method, work.items[0], device))
             except Exception as error:  # likewise
                 work.costs.append(Cost(method.name))
-                work.notes.append(f"The efficiency of {method.name} is not known: {' '.join(str(error).split())}")
+                work.notes.append(f"The efficiency of {method.name} is not known: {one_line(error)}")
         method.close()
 
 
@@ -305,7 +306,7 @@ def _measure(work: _Work, built: Mapping[str, MetricProtocol], bars: Progress) -
                         raise ValueError(f"its value is {value}")
                     record.values[Store.key(metric, item)] = value
                 except (ValueError, RuntimeError) as error:
-                    reason = " ".join(str(error).split()) or type(error).__name__
+                    reason = one_line(error)
                     lacking.setdefault(metric.id, Counter())[reason] += 1
             record.save()
     return lacking

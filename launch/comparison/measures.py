@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from common.errors import one_line
 from common.files import safe_loading
 from common.metrics import BT601_LUMA, Image, MetricProtocol, MetricUnavailableError, build_metric
 from launch.errors import UsageError
@@ -228,7 +229,7 @@ def _fid_network(device: torch.device) -> Callable[[str, str], float]:
         with safe_loading():
             network: Callable[[str, str], float] = pyiqa.create_metric("fid", device=device)
     except Exception as error:  # a download fails in as many ways as pyiqa has loaders
-        raise MetricUnavailableError(f"{FID}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise MetricUnavailableError(f"{FID}: {type(error).__name__}: {one_line(error)}") from error
     return network
 
 

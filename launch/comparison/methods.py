@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, trained_state
+from common.errors import one_line
 from common.files import plain_name
 from common.images import bicubic_upsample
 from common.metrics import own_random_state, to_uint8
@@ -244,7 +245,7 @@ class Weights(Method):
                 state = self._spandrel.canonicalize_state_dict(read_tensors(self.path))
                 model: Any = self._spandrel.ModelLoader(device=self.device).load_from_state_dict(state)
             except Exception as error:  # each of its architectures raises what it likes
-                why = " ".join(str(error).split()) or type(error).__name__
+                why = one_line(error)
                 raise ValueError(f"weights: {self.path} is no file that spandrel can load ({why})") from error
             if (model.input_channels, model.output_channels) != (3, 3):
                 raise ValueError(f"weights: {self.path} does not turn RGB into RGB images; take another file")

@@ -33,7 +33,7 @@ from transformers import (
 from common.conditioning import captions as module
 from common.conditioning.captions import Captioner
 from common.pretrained import WeightsNotFoundError
-from launch.caption import _parse
+from launch.commands.caption import _parse
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<image>", "<video>"]
 PROMPT = ["user", ":", "what", "is", "this", "assistant", ":"]

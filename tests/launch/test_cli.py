@@ -20,7 +20,8 @@ from launch import lightning_cli
 from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, RunInfo
 from launch.cli import main
 from launch.errors import plain
-from launch.lightning_cli import IsrCLI, SaveConfig
+from launch.lightning_cli import IsrCLI
+from launch.run_folder import SaveConfig
 from launch.runs import Given, config_run_name, last_run, paper_of, run_folder_of
 
 ROOT = Path(__file__).resolve().parents[2]

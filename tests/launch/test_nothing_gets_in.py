@@ -178,7 +178,7 @@ def test_whatever_a_library_reads_within_the_command_line(trap: Any, sprung: Pat
         seen.append(command)
         return 0
 
-    monkeypatch.setattr("launch.metrics.run", run)
+    monkeypatch.setattr("launch.commands.metrics.run", run)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     assert main(["metrics"]) == 0
     assert seen == ["metrics"]

@@ -16,7 +16,7 @@ from launch.cli import main
 from launch.comparison.methods import Run
 from launch.errors import UsageError
 from launch.export import load
-from launch.lightning_cli import dump
+from launch.parser import dump
 from launch.runs import Given, differing_versions
 
 from ..command_line import ParseOnly
@@ -158,7 +158,7 @@ class TestCheckpointOfTheRun:
 
     def test_settings_that_look_like_numbers_stay_texts(self) -> None:
         settings = {"a": "1e3", "b": 1e-5, "c": "null", "d": ["a: b", "on"], "e": 1000.0}
-        from launch.lightning_cli import _load
+        from launch.parser import _load
 
         assert _load(dump(settings)) == settings
 

@@ -23,7 +23,7 @@ from common.training import TrainingModule
 from launch import cli, signals
 from launch.callbacks import EndOnSignal, HoldFolder
 from launch.cli import main
-from launch.lightning_cli import RunLogger
+from launch.run_folder import RunLogger
 
 from ..command_line import ENVIRONMENT, ROOT, shell
 
@@ -38,8 +38,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
 
     def run(function: Callable[[], object]) -> int:
         module = SimpleNamespace(run=lambda name, rest: function())
-        monkeypatch.setitem(sys.modules, "launch.a_test", module)  # type: ignore[arg-type]  # as good as one
-        monkeypatch.setitem(cli.COMMANDS, "a_test", ("launch.a_test", ""))
+        monkeypatch.setitem(sys.modules, "launch.commands.a_test", module)  # type: ignore[arg-type]  # as good as one
+        monkeypatch.setitem(cli.COMMANDS, "a_test", ("a_test", ""))
         return main(["a_test"])
 
     yield run

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from common.metrics import to_uint8
 from launch import lightning_cli
 from launch.cli import main
-from launch.demo import Row
+from launch.demo import DemoRow
 from launch.lightning_cli import IsrCLI
 from launch.runs import config_run_name
 
@@ -33,7 +33,7 @@ from ..second_device import device, second_device
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = sorted(path.parent for path in (ROOT / "papers").glob("*/__init__.py"))
 DEMOS = sorted((ROOT / "papers").glob("*/configs/demo/*.yaml"))
-METHODS = [demo for demo in DEMOS if Row(demo.parents[2].name, demo.stem, demo).restores]  # others restore no images
+METHODS = [path for path in DEMOS if DemoRow(path.parents[2].name, path.stem, path).restores]  # others are stages
 CONFIGS = sorted((ROOT / "papers").glob("*/configs/**/*.yaml"))
 SMALL = [
     "--data.batch_size=2",

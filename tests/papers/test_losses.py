@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from common.losses import GramKL, build_image_loss, gram_distances
 from common.training import TrainingModule
 from data import Photos
-from launch.export import parse
+from launch.parameters import parse
 from papers.dfosd import DFOSD
 from papers.dnf_sr import NF2T
 from papers.rfsr import BaseSR

@@ -211,7 +211,7 @@ class TestFlow:
 
 @pytest.mark.slow
 def test_the_recipe_runs_from_nothing_to_a_foundation_and_skips_what_is_there(tmp_path, monkeypatch) -> None:
-    from launch.foundation import run
+    from launch.commands.foundation import run
 
     monkeypatch.chdir(tmp_path)
     assert run("foundation", ["--output", "out", "--steps", "1"]) == 0

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from data import SRData
-from launch import caption
+from launch.commands import caption
 from launch.comparison.measures import KNOWN
 from launch.parameters import build
 from launch.runs import Given

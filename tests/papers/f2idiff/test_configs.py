@@ -56,6 +56,6 @@ def test_osediffs_guidance_leads_away_from_its_own_negative_prompt() -> None:
 
 
 def test_t2idiff_captions_at_test_with_the_model_that_isr_caption_has_for_training() -> None:
-    from launch.caption import _parse
+    from launch.commands.caption import _parse
 
     assert settings("sr_t2i")["captioner"] == _parse("caption", ["photos"]).model

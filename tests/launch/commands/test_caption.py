@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
 import common.conditioning.captions
-import launch.caption
+import launch.commands.caption
 from data.datamodules import SRData
 from launch.cli import main
 
@@ -174,7 +174,7 @@ class TestOutput:
     def test_progress_is_said_in_lines_where_there_is_no_terminal(
         self, photos: Path, tmp_path: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str], monkeypatch: Any
     ) -> None:
-        monkeypatch.setattr(launch.caption, "LINE_EVERY", 0.0)
+        monkeypatch.setattr(launch.commands.caption, "LINE_EVERY", 0.0)
         assert caption(photos, tmp_path / "c.csv") == 0
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("captioned")]
         assert [line.split(",")[0] for line in lines] == [f"captioned {done} of 10" for done in range(0, 11, 2)]

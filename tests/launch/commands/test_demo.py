@@ -14,8 +14,10 @@ from PIL import Image
 from common.figures import predicted_against_target, save_figure
 from common.images import write_png
 from data.datamodules import Photos
-from launch import baselines, demo, lightning_cli
+from launch import baselines, demo
 from launch.cli import main
+from launch.commands import demo as command
+from launch.commands import fit
 from launch.comparison import engine, measures
 from launch.comparison.efficiency import Cost
 from launch.errors import UsageError
@@ -48,7 +50,7 @@ def papers(tmp_path):
 
 
 class Lightning:
-    """In place of `launch.lightning_cli.run`: leaves a run's files behind, and remembers the calls.
+    """In place of `launch.commands.fit.run`: leaves a run's files behind, and remembers the calls.
 
     Every run's images are the references off by 10 grey levels, one more for each fit of its row.
     """
@@ -100,7 +102,7 @@ def psnr_rgb(version):
 @pytest.fixture
 def lightning(monkeypatch, papers, photos):
     fake = Lightning(photos)
-    monkeypatch.setattr(lightning_cli, "run", fake)
+    monkeypatch.setattr(fit, "run", fake)
     monkeypatch.setattr(demo, "find_rows", partial(demo.find_rows, papers=papers))
     monkeypatch.setattr(demo, "METRICS", ("psnr_rgb", "sharpness"))
     monkeypatch.setattr(baselines, "choose_sigmas", lambda samples: {"psnr_y": 1.5, "ssim_y": len(samples) / 10})
@@ -129,13 +131,13 @@ def test_a_filter_that_matches_nothing_names_the_rows(papers):
 def test_the_demo_configurations_of_the_package_are_found_and_share_their_test_images():
     rows = demo.find_rows()
     assert all(row.config.is_file() for row in rows)
-    _, failures = demo._open_data(rows)
+    _, failures = demo.open_data(rows)
     assert failures == {}
 
 
 def test_the_demo_fits_and_tests_every_row_and_reports(lightning, tmp_path, capsys):
     runs = tmp_path / "runs"
-    assert demo.run("demo", ["--runs", str(runs)]) == 0
+    assert command.run("demo", ["--runs", str(runs)]) == 0
     assert [command for command, _ in lightning.calls] == ["fit", "test"] * 3
     fit, test = lightning.calls[2][1], lightning.calls[3][1]
     config = str(tmp_path / "papers" / "b_sr" / "configs" / "demo" / "01_soon.yaml")
@@ -188,7 +190,7 @@ def test_the_demo_fits_and_tests_every_row_and_reports(lightning, tmp_path, caps
 def test_a_failing_row_is_named_and_the_others_run_and_are_reported(lightning, tmp_path, capsys, stage, error):
     lightning.failing["demo-soon"] = stage, error
     runs = tmp_path / "runs"
-    assert demo.run("demo", ["--runs", str(runs)]) == 1
+    assert command.run("demo", ["--runs", str(runs)]) == 1
     assert [method for method in _summary(runs) if "/" in method] == ["a_sr/only", "b_sr/late"]
     said = capsys.readouterr().out
     assert f"row b_sr/soon FAILED in {stage}: {type(error).__name__}: " in said
@@ -202,7 +204,7 @@ def test_a_signal_ends_the_demo_and_rows_that_are_done_are_kept_and_named(lightn
     lightning.failing["demo-soon"] = "fit", Stopped(signal.SIGTERM)
     runs = tmp_path / "runs"
     with pytest.raises(Stopped):
-        demo.run("demo", ["--runs", str(runs)])
+        command.run("demo", ["--runs", str(runs)])
     assert [command for command, _ in lightning.calls] == ["fit", "test", "fit"]
     assert (runs / "a_sr/demo-only/version_0/checkpoints/last.ckpt").is_file()
     assert not (runs / "demo" / "report").exists()
@@ -213,9 +215,9 @@ def test_a_signal_ends_the_demo_and_rows_that_are_done_are_kept_and_named(lightn
 def test_an_older_run_does_not_stand_in_for_a_fit_that_left_no_checkpoint(lightning, tmp_path, monkeypatch, capsys):
     runs = tmp_path / "runs"
     only = ["--runs", str(runs), "--only", "soon"]
-    assert demo.run("demo", only) == 0
-    monkeypatch.setattr(lightning_cli, "run", lambda command, args: 0)
-    assert demo.run("demo", only) == 1
+    assert command.run("demo", only) == 0
+    monkeypatch.setattr(fit, "run", lambda command, args: 0)
+    assert command.run("demo", only) == 1
     assert "the fit left no checkpoints/last.ckpt" in capsys.readouterr().out
     assert "b_sr/soon" not in _summary(runs)
 
@@ -223,7 +225,7 @@ def test_an_older_run_does_not_stand_in_for_a_fit_that_left_no_checkpoint(lightn
 def test_running_again_makes_a_new_version_and_reports_that_one(lightning, tmp_path):
     runs = tmp_path / "runs"
     for _ in range(2):
-        assert demo.run("demo", ["--runs", str(runs), "--only", "soon"]) == 0
+        assert command.run("demo", ["--runs", str(runs), "--only", "soon"]) == 0
     assert float(_summary(runs)["b_sr/soon"]["mean"]) == pytest.approx(psnr_rgb(1), abs=1e-4)
     text = (runs / "demo" / "report" / "report.md").read_text()
     assert str(runs / "b_sr" / "demo-soon" / "version_1") in text
@@ -232,7 +234,7 @@ def test_running_again_makes_a_new_version_and_reports_that_one(lightning, tmp_p
 
 def test_a_quick_look_says_so(lightning, tmp_path):
     runs = tmp_path / "runs"
-    assert demo.run("demo", ["--runs", str(runs), "--only", "soon", "--max-steps", "3"]) == 0
+    assert command.run("demo", ["--runs", str(runs), "--only", "soon", "--max-steps", "3"]) == 0
     quick = ["--trainer.max_steps=3", "--checkpoint.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
     assert lightning.calls[0][1][-3:] == quick
     text = (runs / "demo" / "report" / "report.md").read_text()
@@ -249,7 +251,7 @@ def test_a_row_with_other_test_images_fails_before_it_trains(lightning, tmp_path
     (papers / "b_sr" / "configs" / "demo" / "02_late.yaml").write_text(
         yaml.safe_dump({"model": {"class_path": "papers.dfosd.DFOSD"}, "data": foreign})
     )
-    assert demo.run("demo", ["--runs", str(tmp_path / "runs")]) == 1
+    assert command.run("demo", ["--runs", str(tmp_path / "runs")]) == 1
     assert all("10_only" in args[1] for _, args in lightning.calls)
     said = capsys.readouterr().out
     assert "row b_sr/soon FAILED in set-up: ValueError: data: its test images are" in said
@@ -259,7 +261,7 @@ def test_a_row_with_other_test_images_fails_before_it_trains(lightning, tmp_path
 def test_images_that_a_row_lacks_are_named(lightning, tmp_path):
     lightning.without_image.add("demo-soon")
     runs = tmp_path / "runs"
-    assert demo.run("demo", ["--runs", str(runs), "--only", "soon"]) == 0
+    assert command.run("demo", ["--runs", str(runs), "--only", "soon"]) == 0
     text = (runs / "demo" / "report" / "report.md").read_text()
     assert "- b_sr/soon has no result of 21 of 21 images of photos:\n  - chelsea_" in text
 
@@ -270,7 +272,7 @@ def test_a_training_stage_gives_figures_and_no_row_of_scores(lightning, tmp_path
     lightning.figures = {"demo-soon": ["timesteps"]}
 
     runs = tmp_path / "runs"
-    assert demo.run("demo", ["--runs", str(runs)]) == 0
+    assert command.run("demo", ["--runs", str(runs)]) == 0
     assert [command for command, _ in lightning.calls] == ["fit", "test"] * 3
     assert [method for method in _summary(runs) if "/" in method] == ["a_sr/only", "b_sr/late"]
     text = (runs / "demo" / "report" / "report.md").read_text()
@@ -286,9 +288,9 @@ def test_figures_of_the_rows_that_succeeded_are_in_the_report_in_order(lightning
         code = lightning(command, args)
         return 1 if command == "test" and "02_late" in args[1] else code
 
-    monkeypatch.setattr(lightning_cli, "run", late_fails_after_its_figures)
+    monkeypatch.setattr(fit, "run", late_fails_after_its_figures)
     runs = tmp_path / "runs"
-    assert demo.run("demo", ["--runs", str(runs)]) == 1
+    assert command.run("demo", ["--runs", str(runs)]) == 1
     text = (runs / "demo" / "report" / "report.md").read_text()
     section = text.partition("## Figures")[2].partition("## Pictures")[0]
     headings = [line for line in section.splitlines() if line.startswith("### ")]
@@ -306,7 +308,7 @@ def test_a_row_of_no_steps_is_tested_as_it_is_and_not_fitted(lightning, tmp_path
     runs = tmp_path / "runs"
     for turn in (0, 1):
         lightning.calls.clear()
-        assert demo.run("demo", ["--runs", str(runs), "--only", "b_sr", *quick]) == 0
+        assert command.run("demo", ["--runs", str(runs), "--only", "b_sr", *quick]) == 0
         assert [command for command, _ in lightning.calls] == ["test", "fit", "test"]
         assert lightning.calls[0][1] == ["-c", str(row), "--runs", str(runs), "--ckpt_path", "null"]
         mean = float(_summary(runs)["b_sr/soon"]["mean"])
@@ -320,7 +322,7 @@ def test_a_failing_test_of_a_row_of_no_steps_says_how_to_repeat_it(lightning, tm
     tree = {"model": {"class_path": "papers.dfosd.DFOSD"}, "data": DATA, "trainer": {"max_steps": 0}}
     row.write_text(yaml.safe_dump(tree))
     lightning.failing["demo-soon"] = "test", KeyError("weights")
-    assert demo.run("demo", ["--runs", str(tmp_path / "runs"), "--only", "b_sr"]) == 1
+    assert command.run("demo", ["--runs", str(tmp_path / "runs"), "--only", "b_sr"]) == 1
     said = capsys.readouterr().out
     assert "row b_sr/soon FAILED in test: KeyError: " in said
     assert f"isr test -c {row}" in said
@@ -404,5 +406,5 @@ def test_help_answers_without_heavy_imports():
 @pytest.mark.parametrize("steps", ["0", "-3", "many"])
 def test_a_number_of_steps_out_of_range_is_refused(steps, capsys):
     with pytest.raises(SystemExit):
-        demo.run("demo", ["--max-steps", steps])
+        command.run("demo", ["--max-steps", steps])
     assert "--max-steps" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_an_unknown_name_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "metrics=lpisp is unknown; isr metrics list names all" in capsys.readouterr().err
 
 
-DEMO = str(Path(__file__).resolve().parents[2] / "papers/dfosd/configs/demo/01_dfosd.yaml")
+DEMO = str(Path(__file__).resolve().parents[3] / "papers/dfosd/configs/demo/01_dfosd.yaml")
 LITTLE = ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1", "--model.inference.metrics=[psnr_y]"]
 
 
