@@ -1,7 +1,7 @@
-"""What needs no network: bicubic enlargement, and bicubic enlargement blurred afterwards.
+"""Baselines without a network: bicubic enlargement, and bicubic enlargement blurred afterwards.
 
 The blur is there for fairness: on noisy inputs a plain Gaussian blur takes most of the SSIM that a method gains over
-bicubic. A method that does not beat the blur has learnt to remove noise, not to restore detail. The blur's width is
+bicubic. A method that is not above the blur has learnt to remove noise, not to restore detail. The blur's width is
 chosen on the validation images, as a method's settings are.
 """
 
@@ -28,7 +28,7 @@ SIGMAS = tuple(0.5 + 0.25 * i for i in range(19))
 """Blur widths tried, HQ px: 0.5 to 5."""
 
 CHOSEN_FOR = {"psnr_y": "best PSNR-Y", "ssim_y": "best SSIM-Y"}
-"""Metric that chooses a blur's width -> how the row's name says so."""
+"""Metric that chooses a blur's width -> its name in the label of the row."""
 
 
 def bicubic(sample: Sample) -> NDArray[np.float32]:

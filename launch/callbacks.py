@@ -274,7 +274,7 @@ def set_aside(path: Path) -> None:
 
 
 def run_info() -> dict[str, Any]:
-    """What one needs to repeat a run besides its config."""
+    """Versions, machine, git commit and command line: with the config they allow one to repeat a run."""
     return {
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -320,8 +320,8 @@ class Checkpoint(ModelCheckpoint):
     trains.
 
     Args:
-        keep: Without a monitor: checkpoints kept besides last.ckpt, spread evenly over `trainer.max_steps`. With one,
-            `save_top_k` says how many of the best are kept; -1 keeps all saving points, with a monitor or without.
+        keep: Without a monitor: checkpoints kept in addition to last.ckpt, spread evenly over `trainer.max_steps`. With
+            one, `save_top_k` is the number of the best that are kept; -1 keeps all saving points in both cases.
         **kwargs: As for Lightning's ModelCheckpoint.
     """
 
@@ -336,7 +336,7 @@ class Checkpoint(ModelCheckpoint):
         self._in_step = self._has_said = False
 
     def _shares(self, trainer: Trainer) -> int:
-        """How many of the kept checkpoints the run has passed."""
+        """Number of kept checkpoints that the run has passed."""
         if self.monitor is not None or self.save_top_k != 0 or trainer.max_steps < 1:
             return 0
         return min(self.keep, trainer.global_step * (self.keep + 1) // trainer.max_steps)
@@ -361,7 +361,7 @@ class Checkpoint(ModelCheckpoint):
         self._in_step = False
 
     def _is_time(self, trainer: Trainer) -> bool:
-        """Whether `train_time_interval` is over, which Lightning leaves out where a module optimises by itself."""
+        """True when `train_time_interval` is over, which Lightning leaves out where a module optimises by itself."""
         if self._train_time_interval is None:
             return False
         waited = time.monotonic() - (self._last_time_checked or 0.0)
@@ -412,7 +412,7 @@ class Checkpoint(ModelCheckpoint):
         self._has_said = True
 
     def _plan(self, trainer: Trainer, size: float) -> str:
-        """What is kept, and how large it is, for checkpoints of so many MB."""
+        """A line on the checkpoints that are kept and their size, for checkpoints of `size` MB."""
         if self.save_top_k < 0:
             return f"a checkpoint has {size:.1f} MB; last.ckpt and every saving point are kept"
         kept, which = self.save_top_k, f"the {self.save_top_k} best by {self.monitor}"

@@ -58,7 +58,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     command, *rest = arguments
     try:
         if command not in COMMANDS:
-            raise UsageError(f"no command {command!r}; there are {', '.join(COMMANDS)} (isr --help says what they do)")
+            raise UsageError(f"no command {command!r}; there are {', '.join(COMMANDS)} (isr --help has a line on each)")
         module = importlib.import_module(f"launch.commands.{COMMANDS[command][0]}")
         return int(module.run(command, rest) or 0)
     except SystemExit as stop:

@@ -31,7 +31,7 @@ class DemoRow:
 
     @property
     def restores(self) -> bool:
-        """Whether it is a method that restores images; else it is a stage that a later row of its paper builds on."""
+        """True for a method that restores images; other rows are stages that a later row of the paper builds on."""
         import yaml
 
         from launch.comparison.methods import restores
@@ -40,7 +40,7 @@ class DemoRow:
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything to fit; a row of `max_steps: 0` is tested as its configuration has it."""
+        """True where there is something to fit; a row with `max_steps: 0` is tested as configured."""
         import yaml
 
         steps = (yaml.safe_load(self.config.read_text()).get("trainer") or {}).get("max_steps")
@@ -48,7 +48,7 @@ class DemoRow:
 
     @property
     def label(self) -> str:
-        """How the row is called in the report."""
+        """Name of the row in the report."""
         return f"{self.paper}/{self.name}"
 
     @property
@@ -59,7 +59,7 @@ class DemoRow:
 
 @dataclass
 class Outcome:
-    """What became of a row; `failure` says what failed, `run` and `checkpoint` are there once the fit is done."""
+    """Result of a row; `failure` names the error, `run` and `checkpoint` are set once the fit is done."""
 
     row: DemoRow
     run: Path | None = None
@@ -84,8 +84,8 @@ class Outcome:
         settings: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text())["model"]
         return settings
 
-    def said(self) -> str:
-        """What became of the row, in a line."""
+    def summary(self) -> str:
+        """Result of the row in one line."""
         if self.failure:
             return f"FAILED in {self.failure}"
         return f"done: {self.steps} train steps, fit {self.fit_seconds:.0f} s, test {self.test_seconds:.0f} s"
@@ -158,7 +158,7 @@ def open_data(rows: Sequence[DemoRow]) -> tuple[Photos | None, dict[str, Outcome
 
 
 def _test_set(data: Photos) -> dict[str, Any]:
-    """What decides a data module's test images."""
+    """Settings that a data module's test images depend on."""
     return {
         "scale": data.scale,
         "eval_crop_size": data.eval_crop_size,

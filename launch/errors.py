@@ -1,4 +1,4 @@
-"""Errors as one line: what was given, what is wrong, what to do."""
+"""Errors as one line: the value given, what is wrong, what to do."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class UsageError(Exception):
 
 
 def plain(message: str, options: Iterable[str] = ()) -> str:
-    """One line for what the parser says: `model.timestep=abc: expected int`, `data.sise=3: no such option`.
+    """Shorten a message of the parser to one line: `model.timestep=abc: expected int`, `data.sise=3: no such option`.
 
     Errors of nested classes come through here once a level, each time with their outcome as part of the message.
 
     Args:
-        message: What the parser says.
+        message: Message of the parser.
         options: Names that it knows, for the nearest one.
     """
     text = " ".join(line.strip(" -") for line in message.replace(_SEE, "").splitlines() if line.strip())
@@ -67,7 +67,7 @@ def report(error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     text = str(error)
-    if "Does not validate against" in text:  # jsonargparse, around what a class said while it was made
+    if "Does not validate against" in text:  # jsonargparse, around the error of a constructor
         text = plain(text).removesuffix(_SEE)
     if "Original Traceback (most recent call last)" in text:  # from a data worker: its last line is the error
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])

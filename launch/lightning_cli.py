@@ -1,12 +1,12 @@
-"""`isr fit | validate | test | predict`: LightningCLI in subclass mode, with its sharp edges filed off.
+"""`isr fit | validate | test | predict`: LightningCLI in subclass mode, with the changes below.
 
-What differs from plain LightningCLI:
+Differences to plain LightningCLI:
 
 * Runs go to `runs/<paper>/<name>/version_N`; a resumed fit goes on in its own folder.
 * The run's folder holds what a command writes, whichever logger there is, none included.
-* What the user gives, in a config or as a flag, beats the hyper-parameters stored in `--ckpt_path`; the rest comes from
-  there. Each difference is said. It may be `last` or `best`, of the run that configs, flags and `--name` give; `last`
-  is the default of `validate`, `test` and `predict`.
+* Settings given in a config or as a flag replace the hyper-parameters stored in `--ckpt_path`, and each difference is
+  printed; the other settings come from the checkpoint. `--ckpt_path` may be `last` or `best`, of the run that configs,
+  flags and `--name` give; `last` is the default of `validate`, `test` and `predict`.
 * Any command takes the config that another one wrote, and leaves out options that only the other one has.
 * `--seed_everything` is the random seed of model and data, too, unless `model.seed` or `data.seed` is set.
 * A model's setting `runs/<paper>/<name>` is a run below `--runs`, of which the newest checkpoint is taken.
@@ -164,10 +164,10 @@ class IsrCLI(LightningCLI):
         self._drop_others()
         self._find_runs(stored)
         if stored is not None:
-            self._say_differences(stored)
+            self._print_differences(stored)
 
     def _drop_others(self) -> None:
-        """Leave out what a config sets for another command, and say so."""
+        """Drop settings of a config that belong to another command, and print each."""
         command = self.config.subcommand
         config = self.config[command]
         for option, default in self._others[command].items():
@@ -216,9 +216,9 @@ class IsrCLI(LightningCLI):
                 settings[key] = find_stage(value, kept.get(key), roots)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing left to do: `parse_arguments` has put the checkpoint's hyper-parameters below what the user gave."""
+        """Do nothing: `parse_arguments` has put the checkpoint's hyper-parameters below the given ones."""
 
-    def _say_differences(self, stored: dict[str, Any]) -> None:
+    def _print_differences(self, stored: dict[str, Any]) -> None:
         given = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[self.config.subcommand]["model"]
         before, now = dict(leaves(stored)), dict(leaves(given))
         for key in sorted(before.keys() | now.keys()):
@@ -360,7 +360,7 @@ def _null_as_path(args: list[str]) -> list[str]:
 
 
 def _with_source(message: str, args: list[str]) -> str:
-    """Add what jsonargparse leaves out: the file that is no YAML, the value of an unknown flag."""
+    """Add the parts that jsonargparse leaves out: the file that is not valid YAML, the value of an unknown flag."""
     unknown = re.match(r"([\w.]+): no such option", message)
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         path = Path(value if flag in ("-c", "--config") else flag.removeprefix("--config="))
@@ -368,7 +368,7 @@ def _with_source(message: str, args: list[str]) -> str:
             try:
                 yaml.safe_load(path.read_text())
             except (yaml.YAMLError, UnicodeDecodeError) as error:
-                return f"config={path} is no YAML ({one_line(error)}); mend that line"
+                return f"config={path} is not valid YAML ({one_line(error)}). Fix that line"
         if unknown and flag.partition("=")[0] == f"--{unknown[1]}":
             return message.replace(":", f"={flag.partition('=')[2] or value}:", 1)
     return message

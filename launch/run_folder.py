@@ -1,4 +1,4 @@
-"""What Lightning writes into a run's folder, and how the folder gets its version."""
+"""The folder of a run: its version, its configuration, and the trainer that writes into it."""
 
 from __future__ import annotations
 

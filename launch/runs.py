@@ -23,7 +23,7 @@ _LONGEST = 120
 
 @dataclass
 class Given:
-    """What the arguments of a command say about its run, before they are parsed.
+    """The parts of a command's arguments that name its run, read before they are parsed.
 
     Args:
         args: The command and its arguments.
@@ -35,7 +35,7 @@ class Given:
     flags: dict[str, str] = field(default_factory=dict)
     """Model settings that are given as flags, by their dotted name without `model` and `init_args`."""
     ckpt_path: str | None = None
-    """The last one given, by a flag or in a config; "null" only where a flag says so."""
+    """The last one given, by a flag or in a config; "null" only from a flag."""
     name: str | None = None
     """The last one given, by a flag or in a config of the user's; a run's own config is named by its folder."""
 
@@ -90,7 +90,7 @@ def options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a config file holds; nothing where it cannot be read, which the parser explains."""
+    """Content of a config file; empty where it cannot be read, which the parser explains."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -99,7 +99,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def touches_model(config: Mapping[str, Any]) -> bool:
-    """Whether a config sets anything of the model that decides its weights: anything but `inference`."""
+    """True where a config sets anything of the model that its weights depend on: anything but `inference`."""
     model = config.get("model", {})
     settings = model.get("init_args", model) if isinstance(model, dict) and "class_path" not in model else None
     dotted = [key.replace("init_args.", "") for key in config if key.startswith("model.")]

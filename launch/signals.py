@@ -20,7 +20,7 @@ _ONE_EVENT = 1.0
 
 
 class Stopped(BaseException):
-    """A signal ends the command. It is no Exception, so that nothing takes it for the failure of one part.
+    """A signal ends the command. It is not an `Exception`, so that nothing takes it for the failure of one part.
 
     Args:
         number: The signal.

@@ -131,7 +131,7 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     if options.whole:
         for name in ("patch", "stride"):
             if getattr(options, name) is not None:
-                raise UsageError(f"--{name} {getattr(options, name)} says nothing under --whole; leave one of them out")
+                raise UsageError(f"--{name} {getattr(options, name)} has no effect with --whole; leave one of them out")
     else:
         options.patch = 512 if options.patch is None else options.patch
         options.stride = options.patch if options.stride is None else options.stride

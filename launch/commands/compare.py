@@ -1,8 +1,8 @@
 """`isr compare`: put runs, baselines, GANs and foreign results under one protocol and write the report.
 
-Bicubic enlargement is always among the methods. What is kept in OUTPUT from an earlier comparison is not made again, so
-a killed one goes on, and adding a method or metric computes only what is new. Nothing is downloaded: metrics whose
-weights are not here are named as not computed (isr metrics fetch gets them).
+Bicubic enlargement is always among the methods. OUTPUT keeps results and numbers: a killed comparison goes on where it
+was, and a new method or metric computes only its own numbers. Nothing is downloaded: a metric whose weights are missing
+is listed as not computed (isr metrics fetch downloads them).
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ def _run(rows: Sequence[DemoRow], runs: Path, max_steps: int | None) -> int:
             print(f"demo: row {number} of {len(rows)}: {row.label}", flush=True)
             outcome = failed_early.get(row.label) or demo.fit_and_test(row, runs, max_steps)
             outcomes.append(outcome)
-            print(f"demo: row {row.label} {outcome.said()}", flush=True)
+            print(f"demo: row {row.label} {outcome.summary()}", flush=True)
     except Stopped:
-        _say_what_is_kept(rows, outcomes, runs)
+        _print_kept(rows, outcomes, runs)
         raise
     if data is None:
         print("demo: no row's data can be had, so there is no report")
@@ -58,8 +58,8 @@ def _run(rows: Sequence[DemoRow], runs: Path, max_steps: int | None) -> int:
     return _report(rows, outcomes, data, runs, max_steps, setup_seconds)
 
 
-def _say_what_is_kept(rows: Sequence[DemoRow], outcomes: Sequence[Outcome], runs: Path) -> None:
-    """A line about a demo that a signal ends."""
+def _print_kept(rows: Sequence[DemoRow], outcomes: Sequence[Outcome], runs: Path) -> None:
+    """Print the rows that are kept when a signal ends the demo."""
     done = [outcome.row.label for outcome in outcomes if not outcome.failure]
     last = rows[min(len(outcomes), len(rows) - 1)].label
     kept = f"{len(done)} of {len(rows)} rows are done and kept under {runs}: {', '.join(done) or 'none'}"
@@ -74,7 +74,7 @@ def _report(
     max_steps: int | None,
     setup_seconds: float,
 ) -> int:
-    """Write the report and say where it is and what it took."""
+    """Write the report, and print its path and the times."""
     from launch.comparison.outputs import means_table
 
     failed = [outcome for outcome in outcomes if outcome.failure]
@@ -87,7 +87,7 @@ def _report(
     times = f"set-up {setup_seconds:.0f} s, fit {fit:.0f} s, test {test:.0f} s, report {report_seconds:.0f} s"
     print(f"demo: {len(outcomes) - len(failed)} of {len(rows)} rows done; {times}")
     for outcome in failed:
-        print(f"demo: row {outcome.row.label} {outcome.said()}")
+        print(f"demo: row {outcome.row.label} {outcome.summary()}")
         print(f"demo: alone, with its traceback: isr {outcome.again()} --debug")
     print(f"demo: report: {made.page}")
     print(f"demo: the same as text: {made.markdown}")

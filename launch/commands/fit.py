@@ -34,6 +34,6 @@ _NOISE = (
     ".*module.s. in eval mode at the start of training.*",  # the frozen base is meant to be
     ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # on purpose: uint8 becomes float on the device
     ".*does not have many workers.*",  # the embedded photos are quick to degrade; SRData has num_workers=4
-    ".*Using ModelCheckpoint with manual optimization.*",  # it wants the weights before a step
+    ".*Using ModelCheckpoint with manual optimization.*",  # its checkpoint holds the weights after the step
     ".*but returned no dataloaders.*",  # no validation set was asked for
 )

@@ -54,7 +54,7 @@ def _doctor() -> int:
     findings = examine()
     for found in findings:
         value = "-" if found.value is None else f"{found.value:.6f}"
-        print(f"{found.metric:<22}  {value:>12}  recorded {found.expected:>12.6f}  {found.said}")
+        print(f"{found.metric:<22}  {value:>12}  recorded {found.expected:>12.6f}  {found.verdict}")
     wrong = [found.metric for found in findings if not found.ok]
     print(f"{len(wrong)} of {len(findings)} differ{': ' if wrong else ''}{', '.join(wrong)}")
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""What a method costs: parameters, multiplications, time, memory and denoiser calls, all on one image in one run."""
+"""Costs of a method: parameters, multiplications, time, memory and denoiser calls, all on one image in one run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DENOISER = re.compile(r"UNet\w*Model|\w*UNet|\w*Transformer2DModel|\w*Denoiser"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs on one image; None where it cannot be known.
+    """Costs of a method on one image; None where a cost is unknown.
 
     Args:
         method: Its name.
@@ -109,7 +109,7 @@ def measure(method: Method, item: Item, device: torch.device) -> Cost:
     """Measure a method on one image.
 
     Args:
-        method: What restores.
+        method: The method.
         item: The image, the same for all methods.
         device: Where its network runs.
 

@@ -23,7 +23,7 @@ class ImageSet:
     """Low-quality images, with or without references.
 
     Args:
-        name: As tables call it.
+        name: Name in the tables.
         samples: Samples as `data.datasets` makes them: `lq`, perhaps `hq` (uint8 tensors), `prompt`, `name`.
         scale: Super-resolution factor.
     """
@@ -39,7 +39,7 @@ class Item:
 
     Args:
         dataset: Name of its test set.
-        name: Of the image.
+        name: Name of the image.
         prompt: Text that prompted methods get.
         lq: PNG of the low-quality image.
         hq: PNG of the reference, if there is one.

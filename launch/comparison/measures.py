@@ -1,7 +1,7 @@
-"""The metrics of a comparison: what they need, where that comes from, under which licence, and whether it is here.
+"""The metrics of a comparison: their weights, where these come from, their licences, and which are present.
 
-Nothing is downloaded by a comparison: a metric whose weights are not in their caches is not computed, and
-`isr metrics fetch` says what it would get from where before it does.
+A comparison downloads nothing: a metric whose weights are not in their caches is not computed, and
+`isr metrics fetch` lists its downloads before it starts them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
     @property
     def present(self) -> bool:
-        """Whether it is there; a hub's model where a snapshot of it has a file."""
+        """True where the file exists; for a hub's model, where a snapshot of it has a file."""
         return any(self.path.glob("snapshots/*/*")) if self.cache == "hub" else self.path.is_file()
 
 
@@ -55,9 +55,9 @@ class Known:
     """A metric that can be asked for.
 
     Args:
-        id: As tables call it: of our own, or `torchmetrics:` or `pyiqa:` and a name.
-        reference: Whether it compares with the high-quality image.
-        weights: What it reads.
+        id: Name in the tables: one of our own, or `torchmetrics:` or `pyiqa:` and a name.
+        reference: True for a metric that compares with the high-quality image.
+        weights: Files that it reads.
         digits: Decimals in tables.
     """
 
@@ -68,14 +68,14 @@ class Known:
 
     @property
     def licence(self) -> str:
-        """Of the code that computes it."""
+        """Licence of the code that computes it."""
         if self.id.startswith("pyiqa:"):
             return "PolyForm-Noncommercial-1.0.0 (pyiqa)"
         return "Apache-2.0 (torchmetrics)" if self.id.startswith("torchmetrics:") else "Apache-2.0"
 
     @property
     def absent(self) -> list[Weights]:
-        """What would have to be fetched."""
+        """Files that are missing."""
         return [file for file in self.weights if not file.present]
 
 
@@ -146,10 +146,10 @@ KNOWN = {
 """Metrics by id, in the tables' order."""
 
 FID = "pyiqa:fid"
-"""The only one of them that judges a folder, not an image."""
+"""The only metric of a folder; the others are metrics of an image."""
 
 WEIGHTLESS = tuple(name for name, known in KNOWN.items() if not known.weights)
-"""What is computed where nothing else is asked for."""
+"""Metrics that are computed by default."""
 
 _SHORT = {"psnr": "psnr_y", "ssim": "ssim_y", "ms_ssim": "torchmetrics:ms_ssim", "vif": "torchmetrics:vif"}
 
@@ -195,7 +195,7 @@ def check_weights(name: str) -> None:
 
 
 def fid_protocol() -> str:
-    """What decides an FID; n, which decides it too, stands beside each."""
+    """Everything that an FID depends on, except n, which stands beside each value."""
     version = importlib.metadata.version("pyiqa")
     return f"fid (clean, Inception v3, results against references) | RGB | no crop | 8 bits | pyiqa {version}"
 
@@ -278,20 +278,20 @@ _TORCHMETRICS = {
 
 
 class Finding(NamedTuple):
-    """What the doctor found: `value` is None where the metric is not here, `said` is the verdict."""
+    """A result of the doctor: `value` is None where the metric is not installed, `verdict` is one line."""
 
     metric: str
     value: float | None
     expected: float
     ok: bool
-    said: str
+    verdict: str
 
 
 def examine(names: Sequence[str] = WEIGHTLESS) -> list[Finding]:
     """Compute weightless metrics on a fixed pair and compare with the recorded values.
 
     Args:
-        names: Of metrics that the record holds.
+        names: Metrics that the record holds.
 
     Returns:
         A finding for each; a metric that cannot be had is no fault.

@@ -1,4 +1,4 @@
-"""What can be compared: trained runs, baselines without a network, GANs from a weights file, folders of results."""
+"""Methods that can be compared: trained runs, baselines without a network, GANs from weights files, result folders."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Method(ABC):
     """Something that makes, or has made, a result of each image.
 
     Args:
-        name: As tables call it.
+        name: Name in the tables.
     """
 
     kind: str
     """`run`, `baseline`, `weights` or `results`."""
     measurable = True
-    """Whether its speed can be measured here."""
+    """True where its speed can be measured here."""
     scale: int | None = None
     """The only factor it restores by; None takes any. That of weights is known once `network` is."""
 
@@ -48,7 +48,7 @@ class Method(ABC):
 
     @abstractmethod
     def key(self, item: Item) -> str:
-        """What decides its result besides the low-quality pixels and the prompt.
+        """Key of everything that its result depends on, except the low-quality pixels and the prompt.
 
         Raises:
             ImageError: It has no result of this image.
@@ -79,7 +79,7 @@ class Method(ABC):
         self._model = None
 
     def notes(self, items: Sequence[Item]) -> list[str]:
-        """What a reader must know about the results, once all were looked for."""
+        """Notes for the reader of the report, made once all results have been searched."""
         return []
 
     def _check_scale(self, item: Item) -> None:
@@ -91,7 +91,7 @@ class Baseline(Method):
     """Bicubic enlargement, blurred afterwards where a width is given.
 
     Args:
-        name: As tables call it.
+        name: Name in the tables.
         sigma: Width of the blur in px; None for no blur.
     """
 
@@ -115,7 +115,7 @@ class Run(Method):
     """A method that `isr fit` trained: averaged weights (EMA), its own inference settings and colour fix.
 
     Args:
-        name: As tables call it.
+        name: Name in the tables.
         path: Its folder, a version's, or a checkpoint. A version without a checkpoint is taken as configured.
         device: Where it runs.
         images: Folder of the results that `isr test` wrote, taken instead of making them again:
@@ -205,7 +205,7 @@ class Weights(Method):
     """A GAN or another network from a weights file that spandrel knows (Real-ESRGAN, BSRGAN, SwinIR, LDL ...).
 
     Args:
-        name: As tables call it.
+        name: Name in the tables.
         path: The file.
         device: Where it runs.
 
@@ -269,7 +269,7 @@ class Results(Method):
     """Images that somebody else's program wrote, one for each image of a test set, of its name.
 
     Args:
-        name: As tables call it.
+        name: Name in the tables.
         folder: The images; those of a test set may lie in a folder of its name.
 
     Attributes:
@@ -347,7 +347,7 @@ def find_runs(folder: Path) -> dict[str, Path]:
 
 
 def restores(class_path: str) -> bool:
-    """Whether a class, by its dotted name, is a method that restores images."""
+    """True for a class, given by its dotted name, that restores images."""
     module, _, name = class_path.rpartition(".")
     return issubclass(getattr(importlib.import_module(module), name), RestorationModule)
 
@@ -401,7 +401,7 @@ def _pixels(x_01: Tensor) -> Pixels:
 
 
 def _stored_as(path: Path) -> str:
-    """What a file holds, if it is not 8-bit RGB; empty too where it cannot be opened."""
+    """Format of a file's pixels; empty for 8-bit RGB and for a file that cannot be opened."""
     try:
         with Image.open(path) as image:
             mode, kind = image.mode, image.format

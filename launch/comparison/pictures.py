@@ -1,4 +1,4 @@
-"""What a comparison shows: windows where methods differ most, and a picture of rows and columns."""
+"""Pictures of a comparison: windows where methods differ most, and a grid of rows and columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pictures = Mapping[str, Mapping[str, Pixels | None]]
 _GAP, _FONT_SIZE, _LINE = 6, 14, 18
 _SMALLEST = 32  # px of a window
 ENLARGE = 2
-"""How much larger `draw_grid` shows pixels."""
+"""Factor by which `draw_grid` enlarges pixels."""
 
 
 class NamedFigure(NamedTuple):
@@ -36,7 +36,7 @@ class NamedFigure(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """How TensorBoard calls it."""
+        """Its tag in TensorBoard."""
         return f"figures/{self.label}/{self.path.stem}"
 
 
@@ -54,7 +54,7 @@ def largest_differences(images: Sequence[Pixels], multiple: int = 1, count: int 
     Args:
         images: Results of several methods, all (H, W, 3).
         multiple: Corners and side are multiples of this, so that a window is one of the low-quality image too.
-        count: How many at most.
+        count: Largest number of windows.
 
     Returns:
         The windows, the largest difference first; none of fewer than two results.
@@ -82,7 +82,7 @@ def spread(names: Sequence[str], count: int = 6) -> list[str]:
 
     Args:
         names: Names of test images, `<photo>_r<row>c<column>_s<seed>`; any other name counts as a photo.
-        count: How many to choose at most.
+        count: Largest number of names.
 
     Returns:
         The names, photo by photo.
@@ -110,7 +110,7 @@ def draw_grid(pictures: Pictures) -> Image.Image:
         pictures: Rows and columns, in order; see `Pictures`.
 
     Returns:
-        The picture, columns titled; a cell without an image says so.
+        The picture with a title above each column; a cell without an image holds the words "no image".
 
     Raises:
         ValueError: There is no image.

@@ -47,7 +47,7 @@ class Gain(NamedTuple):
     wins: float
 
     def better(self, lower_better: bool) -> bool:
-        """Whether the whole interval lies on the good side of zero."""
+        """True where the whole interval lies on the good side of zero."""
         return self.interval is not None and (self.interval.high < 0 if lower_better else self.interval.low > 0)
 
 
@@ -63,7 +63,7 @@ def bootstrap_interval(values: ArrayLike, photos: Sequence[str] | None = None, s
     Args:
         values: One number for each image, (n,).
         photos: The photo each image belongs to; default, and where there are fewer than `FEW`: every image is one.
-        seed: Of the draws.
+        seed: Random seed of the draws.
 
     Returns:
         The interval; None for a single image, of which nothing can be drawn.
@@ -96,12 +96,12 @@ def mean_of(values: Mapping[str, float]) -> Mean | None:
 
 
 def gain_of(ours: Mapping[str, float], theirs: Mapping[str, float], lower_better: bool = False) -> Gain | None:
-    """How much higher one method's numbers are than another's, image by image; None where they share no image.
+    """Difference of one method's numbers to another's, image by image; None where they share no image.
 
     Args:
         ours: Image -> number.
         theirs: Image -> number of the other method.
-        lower_better: Whether a smaller number wins; a tie is half a win.
+        lower_better: True where a smaller number wins; a tie is half a win.
     """
     both = sorted(ours.keys() & theirs.keys())
     if not both:
@@ -117,7 +117,7 @@ def mean_ranks(values: Mapping[str, Mapping[str, float]], lower_better: bool = F
 
     Args:
         values: Method -> image -> number; methods without numbers get no rank.
-        lower_better: Whether a smaller number ranks higher.
+        lower_better: True where a smaller number ranks higher.
 
     Returns:
         Method -> mean rank; empty where no image is common to all.

@@ -1,4 +1,4 @@
-"""What is kept between two runs of a comparison: inputs and results as PNG, and a json of numbers beside each result.
+"""Files kept between two runs of a comparison: inputs and results as PNG, and a json of numbers beside each result.
 
 A result is made again when what made it has changed: the method's fingerprint, the low-quality pixels or the prompt. A
 number belongs to a result's pixels, a reference's pixels and a metric's protocol, all of which are in its key. So
@@ -127,7 +127,7 @@ class Store:
         record.save()
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
-        """What was made for this key before, or is made now; plain enough for json."""
+        """The value kept for this key; it is made where there is none, and must fit into json."""
         if key not in self._notes:
             self._notes[key] = make()
             with replacing(self._notes_file) as temporary:
@@ -136,7 +136,7 @@ class Store:
 
     @staticmethod
     def key(metric: MetricProtocol, item: Item) -> str:
-        """What a number of a result depends on besides the result."""
+        """Key of everything that a number of a result depends on, except the result."""
         return f"{metric.id} | {metric.describe()}" + (f" | hq {item.hq_key}" if metric.needs_hq else "")
 
     def relative(self, path: Path) -> str:

@@ -31,7 +31,7 @@ def write_page(folder: Path, data: Mapping[str, Any], embed: bool = False) -> Pa
 
     Args:
         folder: Where to; the data's paths of pictures start from here.
-        data: What the page shows: title, notes, sources, reference, metrics, datasets, methods, values, means, gains,
+        data: Content of the page: title, notes, sources, reference, metrics, datasets, methods, values, means, gains,
             pairs, ranks, missing, efficiency, published, images, figures. Numbers that are not known are None.
         embed: Put the pictures into the page, so that it can be sent as one file, instead of naming those beside it.
 
@@ -74,11 +74,11 @@ def script_json(value: object) -> str:
 
 
 class _Pictures:
-    """The pictures that a page shows: where it finds each, those that are not there, and what they weigh.
+    """The pictures of a page: the source of each, the missing ones, and their size.
 
     Args:
-        folder: What their paths start from.
-        embed: Whether they go into the page.
+        folder: Folder that their paths start from.
+        embed: Put them into the page.
     """
 
     def __init__(self, folder: Path, embed: bool) -> None:
@@ -88,7 +88,7 @@ class _Pictures:
         self._paths: dict[str, str] = {}  # path -> source
 
     def source(self, path: str | Path | None) -> str | None:
-        """What the page's script looks a picture up by: `#id` of its block, or its address from the page."""
+        """Key by which the page's script finds a picture: `#id` of its block, or its address from the page."""
         if path is None:
             return None
         name = Path(path).as_posix()
@@ -102,7 +102,7 @@ class _Pictures:
         return self._paths[name]
 
     def blocks(self) -> str:
-        """The embedded pictures, as data URIs in scripts that do not run: none is decoded before it is looked at."""
+        """The embedded pictures, as data URIs in scripts that do not run: each is decoded when it is shown."""
         if not self.embed:
             return ""
         return "\n".join(
@@ -111,7 +111,7 @@ class _Pictures:
         )
 
     def weight(self) -> tuple[int, int]:
-        """How many pictures, and their bytes on disk."""
+        """Number of pictures, and their bytes on disk."""
         return len(self._paths), sum((self.folder / name).stat().st_size for name in self._paths)
 
 

@@ -349,7 +349,7 @@ class TestRefusals:
             (("--batch-size", "0"), "--batch-size 0 is out of range; give 1 or more"),
             (("--max-new-tokens", "0"), "--max-new-tokens 0 is out of range; give 1 or more"),
             (("--patch", "16", "--stride", "17"), "--stride 17 leaves gaps between patches of --patch 16; give 16"),
-            (("--whole", "--patch", "16"), "--patch 16 says nothing under --whole; leave one of them out"),
+            (("--whole", "--patch", "16"), "--patch 16 has no effect with --whole; leave one of them out"),
             (("--device", "abacus"), "--device abacus cannot be used"),
         ],
     )
