@@ -21,6 +21,16 @@ from urllib.parse import quote
 from common.files import replacing
 
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
+_NAMES = {
+    "clipiqa": "CLIP-IQA",
+    "clipiqa+": "CLIP-IQA+",
+    "ms_ssim": "MS-SSIM",
+    "laion_aes": "LAION aesthetics",
+    "qalign": "Q-Align",
+    "topiq_fr": "TOPIQ-FR",
+    "topiq_nr": "TOPIQ-NR",
+}
+_WORDS = ("sharpness", "colourfulness", "neutrality")
 _SCRIPT_SAFE = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
 
 
@@ -30,8 +40,8 @@ def write_page(folder: Path, data: Mapping[str, Any], embed: bool = False) -> Pa
     Equal data, in equal order, give equal bytes. A picture whose file is not there is named on the page.
 
     Args:
-        folder: Where to; the data's paths of pictures start from here.
-        data: Content of the page: title, notes, sources, reference, metrics, datasets, methods, values, means, gains,
+        folder: Folder of the page; the data's paths of pictures start from here.
+        data: Contents of the page: title, notes, sources, reference, metrics, datasets, methods, values, means, gains,
             pairs, ranks, missing, efficiency, published, images, figures. Numbers that are not known are None.
         embed: Put the pictures into the page, so that it can be sent as one file, instead of naming those beside it.
 
@@ -47,6 +57,7 @@ def write_page(folder: Path, data: Mapping[str, Any], embed: bool = False) -> Pa
         dataset: {name: _with_sources(image, pictures) for name, image in images.items()}
         for dataset, images in data["images"].items()
     }
+    shown["metrics"] = [{**metric, "label": metric_name(metric["id"])} for metric in data["metrics"]]
     shown["figures"] = [{**figure, "path": pictures.source(figure["path"])} for figure in data["figures"]]
     shown["lost"] = pictures.lost
     parts = {
@@ -71,6 +82,15 @@ def script_json(value: object) -> str:
     NaN becomes null, an infinity the string that JavaScript's `Number` reads as one; numbers keep eight digits.
     """
     return json.dumps(_plain(value), allow_nan=False, separators=(",", ":")).translate(_SCRIPT_SAFE)
+
+
+def metric_name(metric: str) -> str:
+    """The name that papers print: `psnr_y` -> PSNR, `psnr_rgb` -> PSNR (RGB), `pyiqa:musiq` -> MUSIQ."""
+    plain = metric.rpartition(":")[2]
+    if plain in _WORDS:
+        return plain
+    name, _, space = plain.partition("_") if plain.endswith(("_y", "_rgb")) else (plain, "", "")
+    return _NAMES.get(name, name.upper()) + (" (RGB)" if space == "rgb" else "")
 
 
 class _Pictures:

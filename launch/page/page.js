@@ -226,8 +226,8 @@ function methodTable(id, part, caption, cell, withImages) {
   if (withImages) columns.push({ label: "Images", note: "how many images the numbers run over" });
   columns.push(
     ...metrics.map((metric) => ({
-      label: metric.id,
-      note: `${better(metric)}\n${metric.protocol}`,
+      label: metric.label,
+      note: `${metric.id}, ${better(metric)}\n${metric.protocol}`,
       arrow: part === "ranks" ? null : arrow(metric),
       low: part === "ranks" || metric.lower_better,
     })),
@@ -429,8 +429,8 @@ function showGaps() {
 function showProtocols() {
   find("protocols-list").replaceChildren(
     ...data.metrics.flatMap((metric) => [
-      make("dt", {}, metric.id),
-      make("dd", {}, `${metric.protocol} (${better(metric)})`),
+      make("dt", {}, metric.label),
+      make("dd", {}, `${metric.id}: ${metric.protocol} (${better(metric)})`),
     ]),
   );
 }
@@ -736,6 +736,25 @@ function showTiles() {
   for (const tile of tiles) load(tile.img, tile.source);
 }
 
+/** The chosen image by every method, above the tables; a click opens it in the viewer. */
+function showGlance() {
+  const shown = sources().filter((source) => source.path !== null);
+  find("glance").replaceChildren(
+    ...shown.map((source) => {
+      const img = make("img", { alt: "" });
+      const open = () => {
+        if (source.key !== state.left) state.right = source.key;
+        showSides();
+        find("images").scrollIntoView();
+      };
+      const box = make("button", { type: "button", "aria-label": `${source.label} in the viewer`, onclick: open }, img);
+      const figure = make("figure", {}, box, make("figcaption", { title: source.label }, source.label));
+      load(img, source);
+      return figure;
+    }),
+  );
+}
+
 function showCrops() {
   const crops = of(data.images, state.dataset, state.image, "crops") || [];
   find("crops").hidden = crops.length === 0;
@@ -767,8 +786,8 @@ function showImageTable() {
     methods.some((name) => of(found, name, metric.id, state.image) !== null),
   );
   const columns = metrics.map((metric) => ({
-    label: metric.id,
-    note: `${better(metric)}\n${metric.protocol}`,
+    label: metric.label,
+    note: `${metric.id}, ${better(metric)}\n${metric.protocol}`,
     arrow: arrow(metric),
     low: metric.lower_better,
   }));
@@ -789,6 +808,7 @@ function showImageTable() {
 function showImage(name) {
   state.image = name;
   find("image").value = name;
+  showGlance();
   showTiles();
   showSides();
   showCrops();
@@ -798,7 +818,7 @@ function showImage(name) {
 
 function showViewer() {
   const names = pictured();
-  find("images").hidden = names.length === 0;
+  find("images").hidden = find("glance").hidden = names.length === 0;
   if (names.length === 0) return;
   state.image = options(
     find("image"),
@@ -885,19 +905,19 @@ function showScatter() {
     draw(
       "text",
       { class: "axis", x: (left + width - right) / 2, y: height - 12, "text-anchor": "middle" },
-      `${first.id} ${arrow(first)}`,
+      `${first.label} ${arrow(first)}`,
     ),
     draw(
       "text",
       { class: "axis", x: 16, y: middle, "text-anchor": "middle", transform: `rotate(-90 16 ${middle})` },
-      `${second.id} ${arrow(second)}`,
+      `${second.label} ${arrow(second)}`,
     ),
   );
   for (const { name, x, y } of shown) {
     const [cx, cy] = [at(number(x.mean)), up(number(y.mean))];
     const told = [x, y].map((part, i) => {
       const metric = [first, second][i];
-      return `${metric.id} ${fixed(part.mean, metric.digits)} ${interval(part, metric.digits) || ""}`.trim();
+      return `${metric.label} ${fixed(part.mean, metric.digits)} ${interval(part, metric.digits) || ""}`.trim();
     });
     const point = draw(
       "g",
@@ -920,7 +940,7 @@ function showScatter() {
   );
   const least = methods.length - shown.length;
   find("scatter-caption").textContent =
-    `Means of ${first.id} (${better(first)}) and ${second.id} (${better(second)}) with 95 % intervals.` +
+    `Means of ${first.label} (${better(first)}) and ${second.label} (${better(second)}) with 95 % intervals.` +
     ` Ring: the reference; grey: baselines and foreign results.` +
     (least ? ` ${count(least, "method")} without both numbers left out.` : "");
 }
@@ -988,7 +1008,7 @@ function showStrip() {
     draw(
       "text",
       { class: "axis", x: (left + width - right) / 2, y: height - 12, "text-anchor": "middle" },
-      `${metric.id} ${arrow(metric)}`,
+      `${metric.label} ${arrow(metric)}`,
     ),
     draw("path", { class: "thread", d: "" }),
   );
@@ -1037,7 +1057,7 @@ function showStrip() {
     }
   });
   find("strip-caption").textContent =
-    `${metric.id} (${better(metric)}) of every image; the bar is the mean with its 95 % interval. ` +
+    `${metric.label} (${better(metric)}) of every image; the bar is the mean with its 95 % interval. ` +
     "Point at a dot to find its image in every row, click it to see the image above.";
   find("named").textContent = "";
 }
@@ -1091,7 +1111,7 @@ function stripKeys(event) {
 
 function showPlots() {
   const metrics = measured("means");
-  const entries = (some) => some.map((metric) => ({ key: metric.id, label: `${metric.id} ${arrow(metric)}` }));
+  const entries = (some) => some.map((metric) => ({ key: metric.id, label: `${metric.label} ${arrow(metric)}` }));
   if (metrics.length > 1) {
     const chosen = (id) => metrics.find((metric) => metric.id === find(id).value);
     const first = chosen("metric-x") || metrics[0];
@@ -1164,7 +1184,25 @@ function showHead() {
   );
   find("summary").textContent =
     `${count(methods.length, "method")} on ${images.join(", ")}. Reference: ${data.reference}.`;
-  find("notes").replaceChildren(...data.notes.map((note) => make("li", {}, note)));
+  const [first, ...rest] = data.notes;
+  find("notes").hidden = data.notes.length === 0;
+  find("notes").replaceChildren(
+    make("p", {}, first || ""),
+    ...(rest.length
+      ? [
+          make(
+            "details",
+            {},
+            make("summary", {}, `${count(rest.length, "more note")}`),
+            make(
+              "ul",
+              {},
+              rest.map((note) => make("li", {}, note)),
+            ),
+          ),
+        ]
+      : []),
+  );
   find("datasets").hidden = data.datasets.length < 2;
   find("datasets").append(
     ...data.datasets.map(({ name }, i) =>

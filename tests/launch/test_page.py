@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.page import script_json, write_page
+from launch.page import metric_name, script_json, write_page
 
 NASTY = "a & b <i>\"x\"</i> 'y' </script><script>window.hacked = 1</script> {{js}}"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -355,7 +355,9 @@ def test_the_page_opens_and_names_are_text(opened, embed):
     _loaded(page)
     assert page.title() == NASTY
     assert page.inner_text("h1") == NASTY
-    assert page.locator("#notes li").all_inner_texts() == ["toy numbers", NASTY]
+    assert page.locator("#notes p").inner_text() == "toy numbers"
+    assert page.locator("#notes details").evaluate("d => d.open") is False
+    assert page.locator("#notes li").all_text_contents() == [NASTY]
     assert _names(page, "means-table") == ["bicubic", "net", NASTY, "broken"]
     assert page.evaluate("window.hacked") is None
     assert page.locator("i").count() == 0
@@ -366,7 +368,7 @@ def test_the_page_opens_and_names_are_text(opened, embed):
 @pytest.mark.browser
 def test_a_click_on_a_heading_sorts_best_first_then_the_other_way_what_is_missing_last(opened):
     page = opened()
-    psnr, lpips = (_head(page, "means-table", label) for label in ("psnr", "lpips"))
+    psnr, lpips = (_head(page, "means-table", label) for label in ("PSNR", "LPIPS"))
     psnr.locator("button").click()
     assert _names(page, "means-table") == ["net", NASTY, "bicubic", "broken"]
     assert psnr.get_attribute("aria-sort") == "descending"
@@ -561,7 +563,7 @@ def test_the_scatter_puts_methods_where_their_means_are(opened, tmp_path):
     data = _example(tmp_path)
     page = opened(data)
     points = page.locator("#scatter .point")
-    labels = [label.split(", psnr")[0] for label in points.evaluate_all("p => p.map(e => e.ariaLabel)")]
+    labels = [label.split(", PSNR")[0] for label in points.evaluate_all("p => p.map(e => e.ariaLabel)")]
     assert labels == ["bicubic", "net", NASTY]  # broken has no PSNR
     assert "1 method without both numbers left out" in page.locator("#scatter-caption").inner_text()
     x, y = np.array(
@@ -683,3 +685,36 @@ def _contrast(first, second):
 
     high, low = sorted(map(luminance, (first, second)), reverse=True)
     return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("psnr_y", "PSNR"),
+        ("psnr_rgb", "PSNR (RGB)"),
+        ("torchmetrics:vif", "VIF"),
+        ("torchmetrics:ms_ssim", "MS-SSIM"),
+        ("pyiqa:clipiqa+", "CLIP-IQA+"),
+        ("pyiqa:maniqa-pipal", "MANIQA-PIPAL"),
+        ("sharpness", "sharpness"),
+    ],
+)
+def test_a_metric_has_the_name_that_papers_print(metric, name):
+    assert metric_name(metric) == name
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("embed", [False, True])
+def test_the_first_view_shows_a_picture_of_every_method_and_the_table(opened, embed):
+    page = opened(embed=embed)
+    pictures = page.locator("#glance img")
+    _until(lambda: pictures.evaluate_all("all => all.every(i => i.naturalWidth > 0)"))
+    titles = page.locator("#glance figcaption").all_inner_texts()
+    assert titles[0] == "LQ"
+    assert titles[-1] == "HQ"
+    assert {"bicubic", "net"} < set(titles)
+    bottom = page.locator("#means-table tbody tr").first.bounding_box()
+    assert bottom["y"] + bottom["height"] < 900
+    page.locator("#glance button").nth(titles.index("net")).click()
+    assert page.locator("#right").input_value() == "method net"
+    assert page.locator("#stage").bounding_box()["y"] < 900
