@@ -19,7 +19,7 @@ from common.conditioning.captions import Captioner
 from common.conditioning.text import encode_prompts, text_encoder_row
 from common.denoisers.unet import Prediction, UNetDenoiser
 from common.diffusion import NoiseSchedule
-from common.draws import Draws
+from common.draws import Draws, generator
 from common.figures import figure_to_tensor, noise_distribution, save_figure
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import (
@@ -48,7 +48,9 @@ PROMPT = "High-quality, high-contrast, photo-realistic, clean, sharp, highly-det
 """The paper's fixed prompt (its footnote 1)."""
 
 NOISE_SAMPLE = 1024
-"""Values of a tile's noise that the plot of a test takes: 4 kB a tile, whatever its size."""
+"""Values that the plot of a test takes of a tile's noise at most."""
+NOISE_KEPT = 2**18
+"""Values that it takes of all tiles at most: 2 MB with their keys, whatever the number of images and their size."""
 
 
 class Conditions(NamedTuple):
@@ -172,7 +174,7 @@ class DMSR(RestorationModule):
         self.encoder: TimeAwareEncoder | None = None
         self.perceptual: LatentLPIPS | None = None
         self.discriminator: ControlNetDiscriminator | None = None
-        self._noise: list[Tensor] = []  # of test images, for the plot: a sample of each tile's
+        self._noise = NoiseSample()  # of test images, for the plot
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} is out of range; set 1 or more")
         if timestep == "predicted" and estimator is None:
@@ -323,7 +325,7 @@ class DMSR(RestorationModule):
         schedule = self.denoiser.schedule
         eps_sr, z_sr = denoise(partial(self._predict, c=c), x_sr, t_hat, schedule, self.num_steps, self.multistep_noise)
         if self.trainer_is_testing:
-            self._noise.append(noise_sample(eps_sr))
+            self._noise.add(eps_sr)
         return to_01(self.codec.decode(z_sr).clamp(-1, 1))
 
     def _predict(self, z_t: Tensor, t: Tensor, c: Tensor) -> Prediction:
@@ -337,14 +339,14 @@ class DMSR(RestorationModule):
     def on_test_epoch_end(self) -> None:
         """Draw Figure 4b: how the predicted noise is distributed over all test images of this process."""
         super().on_test_epoch_end()
-        noise, self._noise = self._noise, []
+        noise, self._noise = self._noise, NoiseSample()
         folder = self._results() / "test"
-        if noise and self.trainer.is_global_zero:
-            figure = noise_distribution(torch.cat(noise).float().numpy())
+        if len(noise) and self.trainer.is_global_zero:
+            figure = noise_distribution(noise.values.numpy())
             caption = (
                 "Noise eps_SR that the denoiser splits off the encoder's output, over the test images (at most "
-                f"{NOISE_SAMPLE:,} values a tile, evenly spaced): histogram with "
-                "the standard normal density, and Q-Q plot (the paper's Figure 4b)."
+                f"{NOISE_SAMPLE:,} values a tile, evenly spaced, and {NOISE_KEPT:,} of all, drawn at random): histogram "
+                "with the standard normal density, and Q-Q plot (the paper's Figure 4b)."
             )
             save_figure(folder / "figures" / "predicted_noise.png", figure, caption)
             self.show_image("test/predicted noise", figure_to_tensor(figure))
@@ -420,6 +422,30 @@ class DMSR(RestorationModule):
         """Logits of D(z, I_LR), (B,1)."""
         assert self.discriminator is not None
         return self.discriminator(z, to_pm1(i_lr), t if self.disc_timestep == "predicted" else torch.zeros_like(t), c)
+
+
+class NoiseSample:
+    """Values of many noises in bounded memory: all in their order while they fit, then a random sample of them.
+
+    Each value draws a key, and those with the `NOISE_KEPT` largest keys stay: all are equally likely to.
+    """
+
+    def __init__(self) -> None:
+        self.values, self._keys = torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
+        self._generator = generator(0, "test/noise", 0)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def add(self, eps: Tensor) -> None:
+        """Take the `noise_sample` of a noise (B,C,h,w)."""
+        values = torch.cat([self.values, noise_sample(eps).float()])
+        new = torch.rand(len(values) - len(self), generator=self._generator, device="cpu")
+        keys = torch.cat([self._keys, new])
+        if len(values) > NOISE_KEPT:
+            keys, places = keys.topk(NOISE_KEPT, sorted=False)
+            values = values[places]
+        self.values, self._keys = values, keys
 
 
 def noise_sample(eps: Tensor) -> Tensor:

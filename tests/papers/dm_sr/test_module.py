@@ -808,7 +808,7 @@ class TestTest:
         expected = [Hand(sd, each, t_of(stage1, each)).eps.detach().flatten() for each in batches]
         (values,) = drawn
         np.testing.assert_allclose(values, torch.cat(expected).numpy(), rtol=1e-4, atol=1e-5)
-        assert model._noise == []
+        assert len(model._noise) == 0
         rows = (tmp_path / "test/metrics.csv").read_text().splitlines()
         assert len(rows) == 1 + 6
         assert len(list((tmp_path / "test/test0").glob("*.png"))) == 6
@@ -820,6 +820,36 @@ class TestTest:
             assert len(kept) <= dm_sr.NOISE_SAMPLE
             assert set(kept.tolist()) == set(range(64))
             assert float(kept.mean()) == pytest.approx(31.5, abs=0.5)
+
+    def test_of_any_number_of_tiles_it_keeps_a_bounded_sample_of_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dm_sr, "NOISE_KEPT", 4000)
+        noise, eps = dm_sr.NoiseSample(), torch.arange(200_000.0).view(200, 1, 10, 100)
+        for place, tile in enumerate(eps, start=1):
+            noise.add(tile)
+            assert len(noise) == len(noise._keys) == min(1000 * place, 4000)
+            if place == 4:
+                assert torch.equal(noise.values, eps[:4].flatten())
+        assert len(noise.values.unique()) == 4000  # no value twice
+        share, _ = np.histogram(noise.values.numpy(), bins=20, range=(0, 200_000))
+        assert all(abs(found - 200) < 4 * math.sqrt(200) for found in share)  # of early tiles as many as of late ones
+
+    def test_a_large_test_image_keeps_no_more_and_is_restored_alike(
+        self, sd: str, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[np.ndarray] = []
+        real = dm_sr.noise_distribution
+        monkeypatch.setattr(dm_sr, "noise_distribution", lambda eps: drawn.append(eps) or real(eps))
+        monkeypatch.setattr(dm_sr, "NOISE_KEPT", 500)
+        tiles = Inference(color_fix="none", tile=32, overlap=16, metrics=["psnr_rgb"])
+        model = configured(sd, timestep=100, inference=tiles)
+        model.results_dir = tmp_path
+        large = {**batch, **{name: batch[name].repeat(1, 1, 3, 3) for name in ("lq", "hq")}}
+        expected = model.upscale(low(large), batch["prompt"]).sr
+        seen: list[Tensor] = []
+        monkeypatch.setattr(model, "tested", lambda _batch, _conditions, sr, *_: seen.append(sr))
+        trainer_with().test(model, loader([large]), verbose=False)
+        assert torch.equal(seen[0], expected)
+        assert [values.shape for values in drawn] == [(500,)]
 
     def test_the_logged_error_of_the_latent_needs_no_l1_loss(self, sd: str, batch: Batch) -> None:
         run = train(method(sd, timestep=200, **{**OFF, "lambda_eps": 1.0}, optimizer=STILL), batch, 2)
@@ -833,7 +863,7 @@ class TestTest:
         model.results_dir = tmp_path
         trainer_with().predict(model, loader(batches))
         trainer_with().validate(model, loader(batches), verbose=False)
-        assert model._noise == []
+        assert len(model._noise) == 0
         assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [f"{n}{s}.png" for n in range(3) for s in "ab"]
 
 
