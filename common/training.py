@@ -31,6 +31,7 @@ from common.checkpoints import (
     read_checkpoint,
     without,
 )
+from common.conditioning.text import encode_prompts
 from common.draws import Draws
 from common.ema import EMA
 from common.guard import Guard, save_batch
@@ -39,6 +40,7 @@ from common.loggers import file_name, show
 from common.made import begin, refuse_alike, refuse_foreign
 from common.metrics import to_uint8
 from common.parameters import Row, is_lora
+from common.pretrained import is_architecture_only
 from common.stages import Stage, recorded
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class TrainingModule(LightningModule):
         self.stages: dict[str, Stage] = {}  # earlier stages, by the argument that names each
         self.awaits_checkpoint: bool | None = None  # None: unknown before it comes
         self._missing_stages: dict[str, FileNotFoundError] = {}
+        self._texts: dict[str, tuple[str, str]] = {}  # buffers of fixed texts: the encoder's base and the prompt
         self._steps = 0  # train_step on the host: to read the device's would make it wait
         self._batches: deque[tuple[int, Batch]] = deque(maxlen=2)  # the last ones, with their train steps
         self._guard: Guard | None = None
@@ -169,10 +172,14 @@ class TrainingModule(LightningModule):
         Raises:
             FileNotFoundError: No checkpoint comes.
         """
-        awaited = self.awaits_checkpoint if self.awaits_checkpoint is not None else self._trainer is not None
-        if not awaited:
+        if not self._may_await_checkpoint:
             raise error
         self._missing_stages[argument] = error
+
+    @property
+    def _may_await_checkpoint(self) -> bool:
+        """False where it is known that no checkpoint comes."""
+        return self.awaits_checkpoint if self.awaits_checkpoint is not None else self._trainer is not None
 
     def check_stages(self) -> None:
         """Refuse to run without an earlier stage.
@@ -216,6 +223,51 @@ class TrainingModule(LightningModule):
             f"{argument}={self.stages[argument].path} holds other weights than the stage that this checkpoint was "
             f"trained on ({stage.path}); put those back, or train this stage anew"
         )
+
+    # Fixed texts
+
+    def fix_text(self, name: str, pretrained: str, prompt: str) -> None:
+        """Hold a prompt's embedding, (1,N,D), in a buffer; checkpoints hold it too, so that they need no text encoder.
+
+        Where a checkpoint may come, the buffer stays empty until `take_texts` or `encode_texts`.
+
+        Args:
+            name: Name of the buffer.
+            pretrained: Where tokenizer and text encoder come from, see `common.pretrained`.
+            prompt: The prompt.
+        """
+        self._texts[name] = (pretrained, prompt)
+        waits = self._may_await_checkpoint and not is_architecture_only()
+        embedding = torch.empty(0) if waits else encode_prompts(pretrained, [prompt])
+        self.register_buffer(name, embedding, persistent=False)
+
+    def take_texts(self, checkpoint: Mapping[str, Any]) -> None:
+        """Use the embeddings that a checkpoint holds of the same prompts and text encoders."""
+        kept = checkpoint.get("texts", {})
+        for name, (pretrained, prompt) in self._texts.items():
+            text = kept.get(name)
+            if text is not None and (text["pretrained"], text["prompt"]) == (pretrained, prompt):
+                self._set_text(name, text["embedding"])
+
+    def encode_texts(self) -> None:
+        """Encode the fixed texts that no checkpoint brought.
+
+        Raises:
+            WeightsNotFoundError: The text encoder is not there and cannot be fetched.
+        """
+        for name, (pretrained, prompt) in self._texts.items():
+            if not self.get_buffer(name).numel():
+                self._set_text(name, encode_prompts(pretrained, [prompt]))
+
+    def _set_text(self, name: str, embedding: Tensor) -> None:
+        setattr(self, name, embedding.clone().to(self.get_buffer(name)))  # clone: the checkpoint's file may be replaced
+
+    def _texts_record(self) -> dict[str, Any]:
+        """Fixed texts as a checkpoint holds them."""
+        return {
+            name: {"pretrained": pretrained, "prompt": prompt, "embedding": self.get_buffer(name)}
+            for name, (pretrained, prompt) in self._texts.items()
+        }
 
     # Training
 
@@ -456,8 +508,9 @@ class TrainingModule(LightningModule):
         return batch
 
     def on_fit_start(self) -> None:
-        """Note the run's folder, once every earlier stage is there, and forget what an earlier fit found."""
+        """Note the run's folder, once earlier stages and texts are there, and forget what an earlier fit found."""
         self.check_stages()
+        self.encode_texts()
         self._guard = None
         self._run_dir = Path(self.trainer.log_dir or ".")  # asking for it is a broadcast: all processes must
 
@@ -556,6 +609,7 @@ class TrainingModule(LightningModule):
     def on_validation_start(self) -> None:
         """Put the averages in; the end of the epoch takes them out."""
         self.check_stages()
+        self.encode_texts()
         if self._trainer is not None:
             self._run_dir = self._results()  # asking for it is a broadcast: all processes must
         self._swap_ema()
@@ -608,9 +662,11 @@ class TrainingModule(LightningModule):
             checkpoint["ema"] = self.ema.state_dict()
         if self.stages:
             checkpoint["stages"] = {argument: stage.record() for argument, stage in self.stages.items()}
+        if self._texts:
+            checkpoint["texts"] = self._texts_record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that it fits before anything is loaded, and take what it holds of earlier stages."""
+        """Check that it fits before anything is loaded, and take what it holds of earlier stages and of texts."""
         checkpoint.update(without(checkpoint, self.left_out))
         check_keys(self.checkpoint_keys(), set(checkpoint["state_dict"]), "the checkpoint")
         check_shapes(self, checkpoint["state_dict"], "the checkpoint")
@@ -619,6 +675,7 @@ class TrainingModule(LightningModule):
                 raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
             self.ema.load_state_dict(checkpoint["ema"], self.all_trainable())
         self.take_stages(checkpoint)
+        self.take_texts(checkpoint)
         self._steps = int(checkpoint["state_dict"].get("train_step", 0))
 
 

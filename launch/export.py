@@ -27,8 +27,11 @@ def load(path: Path) -> TrainingModule:
     check_stored(settings, str(path))
     model = configured(settings, awaits_checkpoint=True)
     load_trained_weights(model, path, model.checkpoint_keys(), model.left_out)
-    model.take_stages(read_checkpoint(path))
+    checkpoint = read_checkpoint(path)
+    model.take_stages(checkpoint)
     model.check_stages()
+    model.take_texts(checkpoint)
+    model.encode_texts()
     return model
 
 

@@ -168,16 +168,28 @@ class DFOSD(RestorationModule):
     def _configure_condition(self, width: int) -> None:
         """Table 3 of the supplement: the four kinds differ in the embedding alone."""
         if self.condition in ("learned", "noise"):
-            init: Literal["normal"] | Tensor = "normal"
-            if self.embedding_init == "empty_prompt":
-                init = encode_prompts(self.pretrained, [""])
             with drawing_weights(self.seed):  # the learned and the frozen noise start as the same tensor
-                self.embedding = LearnedEmbedding(
-                    self.embedding_tokens if init == "normal" else init.shape[1], width, init
-                )
+                self.embedding = LearnedEmbedding(self.embedding_tokens, width, self._embedding_start())
             self.embedding.to(network_device()).requires_grad_(self.condition == "learned")
         elif self.condition == "empty":
-            self.register_buffer("empty_prompt", encode_prompts(self.pretrained, [""]), persistent=False)
+            self.fix_text("empty_prompt", self.pretrained, "")
+
+    def _embedding_start(self) -> Literal["normal"] | Tensor:
+        """Where the embedding starts; anywhere if a checkpoint brings it, so that no text encoder is read then.
+
+        Raises:
+            ValueError: The empty prompt has another length.
+        """
+        is_brought = self.condition == "learned" and self.awaits_checkpoint
+        if self.embedding_init == "normal" or is_brought:
+            return "normal"
+        empty = encode_prompts(self.pretrained, [""])
+        if empty.shape[1] != self.embedding_tokens:
+            raise ValueError(
+                f"embedding_tokens={self.embedding_tokens}: the empty prompt of pretrained={self.pretrained} has "
+                f"{empty.shape[1]} tokens; set embedding_tokens={empty.shape[1]}"
+            )
+        return empty
 
     def _configure_discriminator(self, schedule: NoiseSchedule) -> None:
         """Table 4b of D3SR: none, pixel CNN, Diffusion-GAN, and U-Net trunks (SD 2.1 or SDXL by `disc_pretrained`)."""
@@ -195,8 +207,10 @@ class DFOSD(RestorationModule):
                 elif self.disc_prompt == "empty":
                     # SDXL's own empty prompt is zeros (force_zeros_for_empty_prompt in its pipeline config)
                     is_sdxl = unet.config.addition_embed_type == "text_time"
-                    empty = torch.zeros(1, 77, width) if is_sdxl else encode_prompts(self.disc_pretrained, [""])
-                    self.register_buffer("disc_empty_prompt", empty, persistent=False)
+                    if is_sdxl:
+                        self.register_buffer("disc_empty_prompt", torch.zeros(1, 77, width), persistent=False)
+                    else:
+                        self.fix_text("disc_empty_prompt", self.disc_pretrained, "")
                 elif self.embedding is None or self.embedding.embedding.shape[-1] != width:
                     raise ValueError(
                         f"disc_prompt=shared_detached needs condition=learned or noise (found {self.condition}) and a "

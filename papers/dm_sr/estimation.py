@@ -352,8 +352,10 @@ def read_restorer(path: str) -> tuple[Any, Stage]:
     names = ("pretrained", "prompt", "embedding", "scale", "seed")
     given = {name: checkpoint["hyper_parameters"][name] for name in names}
     restorer = DMSR(**given, timestep=0, ema_decay=None)  # the estimator is not asked
-    restorer.inference_only = True
+    restorer.inference_only = restorer.awaits_checkpoint = True
     restorer.configure_model()
+    restorer.take_texts(checkpoint)
+    restorer.encode_texts()
     state = trained_state(without(checkpoint, restorer.left_out))
     check_keys(restorer.checkpoint_keys(), set(state), f"restorer={path}")
     restorer.load_state_dict(state, strict=False)

@@ -197,7 +197,7 @@ class DMSR(RestorationModule):
         self.size_multiple = max(1, self.codec.downscale * 2**levels // self.scale)
         self.estimator = self._open_estimator() if self.timestep == "predicted" else None
         if self.prompt is not None:
-            self.register_buffer("prompt_embeds", encode_prompts(self.pretrained, [self.prompt]), persistent=False)
+            self.fix_text("prompt_embeds", self.pretrained, self.prompt)
         self.captioner = Captioner(self.captioner_id) if self.captioner_id is not None else None
         self.encoder = TimeAwareEncoder(
             load_vae(self.pretrained, trainable=True),
@@ -345,8 +345,8 @@ class DMSR(RestorationModule):
             figure = noise_distribution(noise.values.numpy())
             caption = (
                 "Noise eps_SR that the denoiser splits off the encoder's output, over the test images (at most "
-                f"{NOISE_SAMPLE:,} values a tile, evenly spaced, and {NOISE_KEPT:,} of all, drawn at random): histogram "
-                "with the standard normal density, and Q-Q plot (the paper's Figure 4b)."
+                f"{NOISE_SAMPLE:,} values a tile, evenly spaced, and {NOISE_KEPT:,} of all, drawn at random): "
+                "histogram with the standard normal density, and Q-Q plot (the paper's Figure 4b)."
             )
             save_figure(folder / "figures" / "predicted_noise.png", figure, caption)
             self.show_image("test/predicted noise", figure_to_tensor(figure))
