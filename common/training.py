@@ -46,6 +46,8 @@ from common.stages import Stage, recorded
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_LENGTHS = {torch.optim.lr_scheduler.OneCycleLR: "total_steps", torch.optim.lr_scheduler.CosineAnnealingLR: "T_max"}
+"""Schedules that must not be stepped beyond their length: the one raises there, the other's rate goes up again."""
 Batch = dict[str, Any]
 """`lq` (B,3,h,w) and `hq` (B,3,s*h,s*w), uint8 or float in [0,1]; `prompt`, `name`: list[str]; `index`: (B,) int64."""
 
@@ -433,8 +435,32 @@ class TrainingModule(LightningModule):
         super().log(name, value, *args, **kwargs)
 
     def on_train_start(self) -> None:
-        """Read where the run stands, once."""
+        """Read where the run stands, once, and compare the schedules with the run's length."""
         self._steps = int(self.train_step)
+        self._check_schedules()
+
+    def _check_schedules(self) -> None:
+        """Refuse a schedule that ends before the run, and warn of one that the run does not come to the end of.
+
+        It runs after a checkpoint has been restored, which brings its schedule's length.
+
+        Raises:
+            ValueError: A schedule ends before the run.
+        """
+        updates = self.trainer.max_steps
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            name = next((name for kind, name in _LENGTHS.items() if isinstance(scheduler, kind)), None)
+            length = getattr(scheduler, name) if name is not None else updates
+            if updates < 0 or length == updates:
+                continue
+            found = f"trainer.max_steps={updates} and {name}={length} of {type(scheduler).__name__}"
+            if length < updates:
+                raise ValueError(
+                    f"{found}: the schedule ends before the run; set both alike, or, where a resumed run brings its "
+                    "schedule, begin a new one with --init_from"
+                )
+            log.warning("%s: the learning rate does not come to its end; set both alike", found)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the step before it runs, so that a checkpoint made after it agrees."""

@@ -60,14 +60,14 @@ class Toy(TrainingModule):
     test_step = predict_step = validation_step
 
 
-def trainer(folder: Path) -> Trainer:
+def trainer(folder: Path, steps: int = 2) -> Trainer:
     return Trainer(
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        max_steps=2,
+        max_steps=steps,
         enable_checkpointing=False,
     )
 
@@ -172,3 +172,48 @@ def test_cudnn_attention_is_off_once_networks_are_built(make: Callable[[], Toy])
     torch.backends.cuda.enable_cudnn_sdp(True)
     make().configure_model()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+class TestSchedule:
+    """A run of two updates."""
+
+    @staticmethod
+    def fit(folder: Path, schedule: Callable[..., Any], steps: int = 2, ckpt_path: Path | None = None) -> Trainer:
+        class Scheduled(Toy):
+            def configure_optimizers(self) -> Any:
+                optimizers = super().configure_optimizers()
+                return optimizers, [schedule(optimizers[0])]
+
+        runner = trainer(folder, steps)
+        runner.fit(Scheduled(), loader(), ckpt_path=ckpt_path, weights_only=True)
+        return runner
+
+    ONE_CYCLE = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
+    COSINE = torch.optim.lr_scheduler.CosineAnnealingLR
+
+    @pytest.mark.parametrize("make", [partial(COSINE, T_max=2), partial(ONE_CYCLE, total_steps=2)])
+    def test_of_the_runs_length_it_runs_to_its_end(
+        self, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert self.fit(tmp_path, make).global_step == 2
+        assert "the learning rate" not in caplog.text
+
+    @pytest.mark.parametrize(
+        ("make", "found"), [(partial(COSINE, T_max=1), "T_max=1"), (partial(ONE_CYCLE, total_steps=1), "total_steps=1")]
+    )
+    def test_a_shorter_one_is_refused_before_the_first_step(self, make: Any, found: str, tmp_path: Path) -> None:
+        with pytest.raises(
+            ValueError, match=rf"trainer\.max_steps=2 and {found} of .*ends before the run; set both alike"
+        ):
+            self.fit(tmp_path, make)
+
+    @pytest.mark.parametrize("make", [partial(COSINE, T_max=3), partial(ONE_CYCLE, total_steps=3)])
+    def test_a_longer_one_is_warned_of(self, make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        assert self.fit(tmp_path, make).global_step == 2
+        assert caplog.text.count("the learning rate does not come to its end") == 1
+
+    def test_a_resumed_run_has_the_checkpoints(self, tmp_path: Path) -> None:
+        """Whatever its configuration says: torch's schedules restore their length."""
+        self.fit(tmp_path, partial(self.COSINE, T_max=2)).save_checkpoint(tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match=r"trainer\.max_steps=4 and T_max=2 .*--init_from"):
+            self.fit(tmp_path, partial(self.COSINE, T_max=4), 4, tmp_path / "a.ckpt")

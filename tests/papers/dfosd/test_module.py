@@ -22,7 +22,7 @@ from common.pretrained import architecture_only
 from common.restoration import Inference
 from launch.parameters import parse
 from papers.dfosd import DFOSD
-from papers.dfosd.networks import PixelDiscriminator
+from papers.dfosd.networks import LatentDiscriminator, PixelDiscriminator
 
 CONFIGS = Path(__file__).resolve().parents[3] / "papers/dfosd/configs"
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)  # SD's schedule, independently
@@ -604,29 +604,49 @@ class TestConfigs:
         different = {key: value for key, value in ablation.items() if value != whole[key]}
         assert different == self.EXPECTED[name]
 
+    @pytest.mark.parametrize("kind", ["pixel", "latent"])
     @pytest.mark.parametrize("d3sr", [True, False])
-    def test_the_optimiser_of_a_discriminator_from_scratch_makes_it_learn(self, d3sr: bool) -> None:
-        """Real and fake differ in brightness; at the rate of sd21.yaml the loss stays at 2 ln 2 = 1.386."""
+    def test_the_optimiser_of_a_discriminator_from_scratch_makes_it_learn(self, d3sr: bool, kind: str) -> None:
+        """Real and fake differ in their mean; at the rate of sd21.yaml the loss stays at 2 ln 2 = 1.386."""
         base = [CONFIGS / "sd21.yaml", *([CONFIGS / "d3sr.yaml"] if d3sr else [])]
-        pixel, latent = (
-            self.arguments(*base, CONFIGS / f"ablations/d3sr/disc_{kind}.yaml")["disc_optimizer"]["init_args"]
-            for kind in ("pixel", "latent")
+        overlay, paper = (
+            self.arguments(*files)["disc_optimizer"]["init_args"]
+            for files in ([*base, CONFIGS / f"ablations/d3sr/disc_{kind}.yaml"], [CONFIGS / "sd21.yaml"])
         )
-        assert pixel == latent
-        losses = []
-        for settings in (pixel, self.arguments(CONFIGS / "sd21.yaml")["disc_optimizer"]["init_args"]):
-            torch.manual_seed(0)
-            network = PixelDiscriminator((16, 32))
-            optimizer = torch.optim.AdamW(network.parameters(), **{**settings, "fused": False})
-            for _ in range(300):
-                real, fake = (network(0.3 * torch.randn(4, 3, 16, 16) + mean) for mean in (0.5, -0.5))
-                loss = discriminator_loss("bce", real, fake).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+        learns = {"pixel": self.loss_of_pixels, "latent": self.loss_of_latents}[kind]
+        assert learns({**overlay, "fused": False}) < 1.0
+        assert learns({**paper, "fused": False}) > 1.3
+
+    @staticmethod
+    def loss_of_pixels(settings: dict[str, Any]) -> float:
+        torch.manual_seed(0)
+        network = PixelDiscriminator((16, 32))
+        optimizer = torch.optim.AdamW(network.parameters(), **settings)
+        for _ in range(300):
+            real, fake = (network(0.3 * torch.randn(4, 3, 16, 16) + mean) for mean in (0.5, -0.5))
+            loss = discriminator_loss("bce", real, fake).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    @staticmethod
+    def loss_of_latents(settings: dict[str, Any]) -> float:
+        """Noisy latents at all timesteps, the mean of the last 20 of 150 steps."""
+        torch.manual_seed(0)
+        network, losses = LatentDiscriminator(channels=(16, 32, 32)), []
+        optimizer = torch.optim.AdamW(network.parameters(), **settings)
+        for _ in range(150):
+            t = torch.randint(0, 1000, (4,))
+            abar = torch.tensor(ABAR[t.numpy()], dtype=torch.float32).view(-1, 1, 1, 1)
+            z_t = [abar.sqrt() * mean + torch.randn(4, 4, 16, 16) for mean in (0.5, -0.5)]  # of N(mean, 1)
+            real, fake = (network(z, t, torch.zeros(1, 1, 1)) for z in z_t)
+            loss = discriminator_loss("bce", real, fake).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             losses.append(float(loss.detach()))
-        assert losses[0] < 1.0
-        assert losses[1] > 1.3
+        return sum(losses[-20:]) / 20
 
     def test_sd21_holds_the_papers_numbers(self) -> None:
         args = self.arguments(CONFIGS / "sd21.yaml")
