@@ -27,6 +27,8 @@ from papers.dfosd import DFOSD
 from papers.dm_sr import DMSR
 from papers.dm_sr.estimation import read_restorer
 
+from ..launch.test_ddp import in_two
+
 SGD = partial(torch.optim.SGD, lr=1e-2)
 WHOLE = Inference(color_fix="none", tile=None, metrics=["psnr_rgb"])
 LOW = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -231,3 +233,36 @@ def test_the_shells_prediction_and_a_loaded_run_need_no_encoder(tmp_path: Path, 
     upscaled = to_uint8(load(last).upscale(x_lq, [""]).sr)[0].permute(1, 2, 0).numpy()
     assert np.array_equal(upscaled, np.asarray(Image.open(tmp_path / "one.png")))
     assert loads == []
+
+
+@pytest.mark.long
+def test_two_processes_go_on_without_the_encoder_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
+        shutil.copytree(TINY / part, tmp_path / "base" / part)
+
+    def fit(runs: str, batch_size: int, steps: int, *options: str) -> list[str]:
+        small = ["--model.condition=empty", "--model.perceptual=none", "--trainer.limit_val_batches=0"]
+        for name in ("optimizer", "disc_optimizer"):  # plain descent does not blow rounding up
+            small += [f"--model.{name}=torch.optim.SGD", f"--model.{name}.init_args.lr=0.1"]
+        small += [
+            f"--data.batch_size={batch_size}",
+            f"--trainer.max_steps={steps}",
+            "--checkpoint.every_n_train_steps=1",
+        ]
+        config = ["-c", "papers/dfosd/configs/demo/01_dfosd.yaml", f"--model.pretrained={tmp_path / 'base'}"]
+        return ["fit", *config, "--runs", str(tmp_path / runs), *small, "--trainer.enable_progress_bar=false", *options]
+
+    def last(runs: str) -> Path:
+        (path,) = (tmp_path / runs).glob("dfosd/*/version_0/checkpoints/last.ckpt")
+        return path
+
+    assert main(fit("whole", 4, 2)) == 0
+    assert main(fit("half", 4, 1)) == 0
+    strip(tmp_path / "base")
+    in_two([fit("half", 2, 2, "--ckpt_path", str(last("half")))])
+    one, other = (torch.load(last(runs), weights_only=True) for runs in ("whole", "half"))
+    assert one["global_step"] == other["global_step"] == 2
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-3, atol=1e-6)
+    for name, kept in one["texts"].items():
+        assert torch.equal(other["texts"][name]["embedding"], kept["embedding"])
