@@ -2,18 +2,21 @@
 
 The journal lies beside the manifest while the work goes on: JSON lines, the settings first, then one line a caption,
 on the disk before the next batch begins. A process can be killed at any time; the next one goes on from the journal.
+Where several processes share the work, each has a journal of its own, and the last to end joins them.
 """
 
 from __future__ import annotations
 
 import csv
 import fcntl
+import glob
 import importlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,16 +67,21 @@ class Patches:
         folder: Where the manifest will lie. Images below it are named relative to it, others by their full path.
         patch: Side of a patch in px; None takes whole images of any size.
         stride: From one patch to the next, px.
+        most: At most so many patches of an image, spread evenly over it; None takes all.
 
     Attributes:
         keys: What there is to caption, by file.
         skipped: Why files were left out, one line each; unreadable ones may be found as late as in `batches`.
+        unreadable: Those found in `batches`: name in the manifest -> why.
     """
 
-    def __init__(self, paths: Sequence[Path], folder: Path, patch: int | None = None, stride: int = 1) -> None:
+    def __init__(
+        self, paths: Sequence[Path], folder: Path, patch: int | None = None, stride: int = 1, most: int | None = None
+    ) -> None:
         self.paths = paths
         self.keys: dict[Path, list[Key]] = {}
         self.skipped: list[str] = []
+        self.unreadable: dict[str, str] = {}
         for path in dict.fromkeys(paths):
             try:
                 name = _name(path, folder)
@@ -84,7 +92,19 @@ class Patches:
             except ImageError as error:
                 self.skipped.append(str(error))
                 continue
-            self.keys[path] = [Key(name, window) for window in cut]
+            keep = len(cut) if most is None else min(most, len(cut))
+            self.keys[path] = [Key(name, cut[i * len(cut) // keep]) for i in range(keep)]
+
+    def leave_out(self, unreadable: Mapping[str, str]) -> None:
+        """Move images from `keys` to `skipped`.
+
+        Args:
+            unreadable: Names in the manifest -> why.
+        """
+        for path, keys in list(self.keys.items()):
+            if keys[0].name in unreadable:
+                self.skipped.append(unreadable[keys[0].name])
+                del self.keys[path]
 
     def all_keys(self) -> list[Key]:
         """What the manifest lists, in its order: image by image as the source names them."""
@@ -111,8 +131,8 @@ class Patches:
             try:
                 photo = read_image(path)
             except ImageError as error:
-                self.skipped.append(str(error))
-                del self.keys[path]
+                self.unreadable[wanted[0].name] = str(error)
+                self.leave_out(self.unreadable)
                 continue
             for key in wanted:
                 crop = photo if key.window is None else _cut(photo, key.window)
@@ -179,7 +199,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{self.path} is held by another process that captions into it; wait for it, or give another output"
+                f"{self.path} is held by {_holder(self._file.fileno())} that captions into it; wait for it, or give "
+                "another output"
             ) from None
         except OSError:
             log.warning("%s: this file system has no locks; start no second process on it", self.path)
@@ -189,22 +210,12 @@ class Journal:
         head = self._file.readline()
         if head[: len(self._BEGIN)] != self._BEGIN[: len(head)]:
             raise ValueError(f"{self.path} is no journal of isr caption; delete it, or give another output")
-        whole, torn = len(head), 0
-        for line in self._file:
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("cut short")
-                whole += len(line)
-                name, top, left, side, prompt = json.loads(line)
-                window = None if top is None else Window(top, left, side)
-                self.done[Key(name, window)] = prompt
-            except (ValueError, TypeError):
-                torn += 1
+        torn, kept = _take_lines(self._file, self.done, {})
         if torn:
             log.warning("%s: %d lines are torn; what they held is captioned again", self.path, torn)
         if self.done:
             self._check(head, settings)
-            self._file.truncate(whole)
+            self._file.truncate(len(head) + kept)
         else:  # nothing to lose, so other settings may begin here
             self._file.truncate(0)
             self._append(json.dumps({"isr caption": dict(settings)}) + "\n")
@@ -250,6 +261,10 @@ class Journal:
         self._append("".join(json.dumps(row) + "\n" for row in rows))
         self.done.update(new)
 
+    def leave_out(self, unreadable: Mapping[str, str]) -> None:
+        """Note which images cannot be read, and why, for the process that joins several journals."""
+        self._append("".join(json.dumps([name, reason]) + "\n" for name, reason in unreadable.items()))
+
     def close(self) -> None:
         """Let go of the file, which stays."""
         with suppress(OSError):  # of a full disk, which `add` has reported
@@ -259,6 +274,101 @@ class Journal:
         """Delete the file: all it holds is elsewhere."""
         self.path.unlink()
         self.close()
+
+
+def _take_lines(lines: Iterable[bytes], done: dict[Key, str], unreadable: dict[str, str]) -> tuple[int, int]:
+    """Add a journal's lines but the first to captions and to reasons why images were left out.
+
+    Returns:
+        How many lines are torn, and the bytes of those that end as lines do.
+    """
+    torn = whole = 0
+    for line in lines:
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("cut short")
+            whole += len(line)
+            name, *rest = json.loads(line)
+            if len(rest) == 1:
+                unreadable[name] = rest[0]
+                continue
+            top, left, side, prompt = rest
+            done[Key(name, None if top is None else Window(top, left, side))] = prompt
+        except (ValueError, TypeError):
+            torn += 1
+    return torn, whole
+
+
+def _holder(descriptor: int) -> str:
+    """The process that has locked a file, as far as Linux tells."""
+    inode = os.fstat(descriptor).st_ino
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()  # 1: FLOCK ADVISORY WRITE pid major:minor:inode ...
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+                return f"process {fields[4]}"
+    return "another process"
+
+
+class Shard(NamedTuple):
+    """Which part of the images a process captions: every `of`-th, from the `number`-th, which counts from 1."""
+
+    number: int = 1
+    of: int = 1
+
+    def journal(self, output: Path) -> Path:
+        """Where the journal of this part lies."""
+        part = "" if self.of == 1 else f".{self.number}-of-{self.of}"
+        return output.with_name(f"{output.name}{part}.part")
+
+    def journals(self, output: Path) -> list[Path]:
+        """The journals of all parts.
+
+        Raises:
+            ValueError: There are journals of another number of parts, whose captions would be lost.
+        """
+        own = [Shard(i + 1, self.of).journal(output) for i in range(self.of)]
+        there = sorted(output.parent.glob(f"{glob.escape(output.name)}*.part"))
+        form = re.compile(re.escape(output.name) + r"(\.\d+-of-\d+)?\.part")
+        others = [path for path in there if form.fullmatch(path.name) and path not in own]
+        if others:
+            raise ValueError(
+                f"output={output} was begun in other parts: {', '.join(path.name for path in others[:5])}; go on with "
+                "the same number of processes, or delete these"
+            )
+        return own
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process after another into this block, for a folder; without locks all go at once."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def joined(journals: Iterable[Path], patches: Patches) -> dict[Key, str] | None:
+    """All captions of several journals; None while one lacks some.
+
+    Args:
+        journals: The files of all processes.
+        patches: All that is to be captioned; images that a process could not read leave it.
+    """
+    done: dict[Key, str] = {}
+    unreadable: dict[str, str] = {}
+    for path in journals:
+        if not path.is_file():
+            return None
+        with path.open("rb") as lines:
+            next(lines, b"")  # the settings
+            _take_lines(lines, done, unreadable)
+    captioned = {key.name for key in done}
+    patches.leave_out({name: reason for name, reason in unreadable.items() if name not in captioned})
+    return done if all(key in done for key in patches.all_keys()) else None
 
 
 def check_manifest(path: Path, argument: str) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.errors import UsageError
 
 if TYPE_CHECKING:
-    from data.captions import Journal, Patches
+    from data.captions import Journal, Key, Patches, Shard
 
 LINE_EVERY = 60.0
 """Seconds from one line to the next where no bar can be drawn."""
@@ -33,47 +34,41 @@ def run(command: str, argv: Sequence[str]) -> int:
     """
     options = _parse(command, argv)
     output = Path(options.output).expanduser()
-    part = output.with_name(f"{output.name}.part")
 
     from common.conditioning.captions import Captioner  # these take seconds, which --help need not
-    from data.captions import Journal, Patches, check_manifest, write_manifest
-    from data.images import first_five, list_images
-    from data.inventory import Inventory, unused_files, write_unused
+    from data.captions import Journal, Patches, Shard, check_manifest
+    from data.images import Part, list_images
 
     check_manifest(output, "output")
-    if output.exists() and not part.exists():
+    shard = Shard(*options.shard)
+    part, journals = shard.journal(output), shard.journals(output)
+    if output.exists() and not any(path.exists() for path in journals):
         raise UsageError(f"output={output} is there already; delete it, or give another")
     device = _device(options.device)
-    paths = [path for path, _ in list_images(options.source, "source")]
+    paths = [path for path, _ in list_images(Part(options.source, options.first), "source")]
     captioner = Captioner(options.model, options.instruction, options.max_new_tokens).to(device)
     settings = {
         "source": os.path.abspath(options.source),
-        "model": options.model,
-        "instruction": options.instruction,
-        "max_new_tokens": options.max_new_tokens,
-        "patch": options.patch,
-        "stride": options.stride,
+        **{name: getattr(options, name) for name in ("model", "instruction", "max_new_tokens", "patch", "stride")},
+        **{name: getattr(options, name) for name in ("first", "per_photo")},
     }
+
+    def cut(images: list[Path]) -> Patches:
+        return Patches(images, output.parent, options.patch, options.stride or 1, options.per_photo)
+
     journal = Journal(part, settings)
     try:
-        unused = unused_files(options.source, [paths], {}, "not used")
-        found = Inventory("source", options.source, len(set(paths)), "photos to caption", unused, paths)
-        table = output.with_name(f"{output.name}.skipped.csv")
-        print(f"isr: {found}" + (f", named in {table}" if write_unused(table, [found]) else ""), file=sys.stderr)
-        patches = Patches(paths, output.parent, options.patch, options.stride or 1)
+        if shard.number == 1:
+            _say_inventory(options.source, paths, output)
+        mine = list(dict.fromkeys(paths))[shard.number - 1 :: shard.of]
+        patches = cut(paths if shard.of == 1 else mine)
         progress = _Progress(patches, journal)
         with progress:
             for keys, images_01 in patches.batches(journal.done, options.batch_size):
                 journal.add(keys, captioner(images_01))
                 progress.advance(len(keys))
-        keys = patches.all_keys()
-        if not keys:
-            raise ValueError(
-                f"source={options.source} leaves nothing to caption: {first_five(patches.skipped)}; give larger or "
-                "other images, or a smaller --patch"
-            )
-        write_manifest(output, keys, journal.done)
-        journal.remove()
+        journal.leave_out(patches.unreadable)
+        _finish(options.source, output, shard, journal, patches, lambda: cut(paths))
     except BaseException:
         if journal.done:
             print(f"{part} keeps {len(journal.done)} captions; the same command goes on", file=sys.stderr)
@@ -82,10 +77,54 @@ def run(command: str, argv: Sequence[str]) -> int:
         raise
     finally:
         journal.close()
+    return 0
+
+
+def _say_inventory(source: str, paths: list[Path], output: Path) -> None:
+    """Print what the source holds, and write the names of files that are not used."""
+    from data.inventory import Inventory, unused_files, write_unused
+
+    unused = unused_files(source, [paths], {}, "not used")
+    found = Inventory("source", source, len(set(paths)), "photos to caption", unused, paths)
+    table = output.with_name(f"{output.name}.skipped.csv")
+    print(f"isr: {found}" + (f", named in {table}" if write_unused(table, [found]) else ""), file=sys.stderr)
+
+
+def _finish(
+    source: str, output: Path, shard: Shard, journal: Journal, patches: Patches, everything: Callable[[], Patches]
+) -> None:
+    """Write the manifest, where several processes share the work once the last of them is done, and say so.
+
+    Raises:
+        ValueError: There is nothing to caption.
+    """
+    from data.captions import joined, one_at_a_time, write_manifest
+    from data.images import first_five
+
+    done: dict[Key, str] | None = journal.done
+    with one_at_a_time(output.parent):
+        if shard.of > 1:
+            print(f"{journal.path}: {len(journal.done)} captions of {len(patches.keys)} images", flush=True)
+            if not journal.path.exists():
+                return  # another process has joined all
+            patches = everything()
+            done = joined(shard.journals(output), patches)
+        if done is None:
+            return
+        keys = patches.all_keys()
+        if not keys:
+            raise ValueError(
+                f"source={source} leaves nothing to caption: {first_five(patches.skipped)}; give larger or other "
+                "images, or a smaller --patch"
+            )
+        write_manifest(output, keys, done)
+        for path in shard.journals(output):
+            if path != journal.path:
+                path.unlink()
+        journal.remove()
     print(f"{output}: {len(keys)} captions of {len(patches.keys)} images")
     if patches.skipped:
         print(f"skipped {len(patches.skipped)} images: {first_five(patches.skipped)}", file=sys.stderr)
-    return 0
 
 
 def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
@@ -93,8 +132,9 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
         f"isr {command}",
         description="Caption the patches of photos and write a manifest of them for training. It can be killed at any "
         "time: the same command goes on where it was, and only the batch under way is lost.",
-        epilog="Unreadable images and images smaller than the patch are skipped, counted and named. To share the work "
-        "among machines, give each a list of its own; training takes several manifests.",
+        epilog="Unreadable images and images smaller than the patch are skipped, counted and named. Several GPUs: "
+        "torchrun --nproc-per-node 8 -m launch.cli caption ..., or one call with --shard for each; the last process to "
+        "end writes the manifest, which is that of a single process.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder, image, txt list, csv or parquet manifest")
@@ -118,7 +158,22 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
         help="from one patch to the next, px (default: --patch); those at the right and lower border are moved inside, "
         "so that the whole photo is covered",
     )
-    parser.add_argument("--whole", action="store_true", help="caption whole images of any size instead of patches")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="one caption for each whole image of any size, which all of its training crops take",
+    )
+    parser.add_argument("--first", type=int, help="caption the first images of the source alone (default: all)")
+    parser.add_argument(
+        "--per-photo", type=int, help="at most so many patches of an image, spread evenly over it (default: all)"
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=None,
+        metavar="I/N",
+        help="caption the I-th of N parts of the images (default: all of them; under torchrun the part of its rank)",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="patches at once (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens",
@@ -128,14 +183,20 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
     options = parser.parse_args(list(argv))
+    if options.shard is None:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        options.shard = (int(os.environ["RANK"]) + 1 if processes > 1 else 1), processes
     if options.whole:
-        for name in ("patch", "stride"):
+        for name in ("patch", "stride", "per_photo"):
             if getattr(options, name) is not None:
-                raise UsageError(f"--{name} {getattr(options, name)} has no effect with --whole; leave one of them out")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {getattr(options, name)} has no effect with --whole; leave one of "
+                    "them out"
+                )
     else:
         options.patch = 512 if options.patch is None else options.patch
         options.stride = options.patch if options.stride is None else options.stride
-    for name in ("patch", "stride", "batch_size", "max_new_tokens"):
+    for name in ("patch", "stride", "batch_size", "max_new_tokens", "first", "per_photo"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; give 1 or more")
@@ -147,6 +208,14 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """`3/8` as numbers."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text} is no part; give I/N with 1 <= I <= N, e.g. 1/8")
+    return int(found[1]), int(found[2])
+
+
 def _device(name: str | None) -> str:
     """The device asked for, or the best there is.
 
@@ -156,7 +225,7 @@ def _device(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

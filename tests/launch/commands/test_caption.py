@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -269,6 +270,101 @@ class TestKilled:
         assert [row["prompt"] for row in rows] == [text(of(row, tmp_path)) for row in rows]
 
 
+class TestSelection:
+    def test_the_first_photos_and_a_few_patches_of_each(self, photos: Path, tmp_path: Path, stub: type[Stub]) -> None:
+        assert caption(photos, tmp_path / "c.parquet", *SMALL, "--first", "2", "--per-photo", "2") == 0
+        rows = read(tmp_path / "c.parquet")
+        windows = [(Path(row["image_path"]).name, row["top"], row["left"]) for row in rows]
+        assert windows == [("a.png", 0, 0), ("a.png", 8, 0), ("b.png", 0, 0), ("b.png", 0, 16)]
+        assert [row["prompt"] for row in rows] == [text(of(row, tmp_path)) for row in rows]
+        assert sum(stub.sizes) == 4
+
+    def test_training_crops_of_a_whole_photo_have_its_caption(
+        self, photos: Path, tmp_path: Path, stub: type[Stub]
+    ) -> None:
+        assert caption(photos, tmp_path / "c.csv", "--whole") == 0
+        data = SRData(train=str(tmp_path / "c.csv"), crop_size=16, num_workers=0, degradation="bicubic")
+        data.setup("fit")
+        assert data.train_images is not None
+        assert sum(stub.sizes) == 3
+        for index, name in enumerate(("a.png", "b.png", "sub/c.png")):
+            expected = text(np.asarray(Image.open(photos / name)))
+            assert {data.train_images[epoch, index, 0]["prompt"] for epoch in range(3)} == {expected}
+
+
+class TestSeveralProcesses:
+    @pytest.fixture
+    def expected(self, photos: Path, tmp_path: Path, stub: type[Stub]) -> bytes:
+        """The manifest of one process; a photo that turns out to be unreadable is among them, and one is twice."""
+        Image.fromarray(noise(32, 32, 6)).save(photos / "cut.jpg")
+        whole = (photos / "cut.jpg").read_bytes()
+        (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+        names = ["b.png", "cut.jpg", "sub/c.png", "a.png", "b.png"]
+        (tmp_path / "l.txt").write_text("".join(f"photos/{name}\n" for name in names))
+        assert caption(tmp_path / "l.txt", tmp_path / "one.csv") == 0
+        stub.seen.clear(), stub.sizes.clear()
+        return (tmp_path / "one.csv").read_bytes()
+
+    @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+    def test_the_last_one_writes_the_manifest_of_one_process(
+        self, photos: Path, tmp_path: Path, stub: type[Stub], expected: bytes, order: tuple[int, ...]
+    ) -> None:
+        for number in order:
+            assert not (tmp_path / "c.csv").exists()
+            assert caption(tmp_path / "l.txt", tmp_path / "c.csv", *SMALL, "--shard", f"{number}/3") == 0
+        assert (tmp_path / "c.csv").read_bytes() == expected
+        assert len(stub.seen) == len(set(stub.seen)) == 10
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", "l.txt", "one.csv", "photos"]
+
+    def test_each_goes_on_after_it_was_killed_under_torchrun(
+        self, photos: Path, tmp_path: Path, stub: type[Stub], expected: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for rank, at in ((0, 1), (1, 2)):
+            monkeypatch.setenv("RANK", str(rank))
+            stub.fail_at = len(stub.sizes) + at
+            assert caption(tmp_path / "l.txt", tmp_path / "c.csv") == 130
+        assert sorted(path.name for path in tmp_path.glob("*.part")) == ["c.csv.1-of-2.part", "c.csv.2-of-2.part"]
+        for rank in (1, 0):
+            monkeypatch.setenv("RANK", str(rank))
+            assert caption(tmp_path / "l.txt", tmp_path / "c.csv") == 0
+        assert (tmp_path / "c.csv").read_bytes() == expected
+        assert len(stub.seen) == len(set(stub.seen)) == 10
+
+    @pytest.mark.long
+    def test_two_at_once_write_the_manifest_of_one(self, photos: Path, tmp_path: Path) -> None:
+        code = (
+            "import sys, common.conditioning.captions as module\n"
+            "from launch.cli import main\n"
+            "class Stub:\n"
+            "    def __init__(self, *_): pass\n"
+            "    def to(self, _): return self\n"
+            "    def __call__(self, x): return [str(float(image.sum())) for image in x]\n"
+            "module.Captioner = Stub\n"
+            "sys.exit(main(sys.argv[1:]))"
+        )
+
+        def start(name: str, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+            arguments = ["caption", str(photos), "-o", str(tmp_path / name), "--device", "cpu", *SMALL, *options]
+            return subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ | environment)
+
+        assert start("one.csv").wait() == 0
+        both = [start("c.csv", WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        assert [process.wait() for process in both] == [0, 0]
+        assert (tmp_path / "c.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+        assert not list(tmp_path.glob("*.part"))
+
+    def test_journals_of_another_number_are_named_and_kept(
+        self, photos: Path, tmp_path: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert caption(photos, tmp_path / "c.csv", *SMALL, "--shard", "1/2") == 0
+        for options in ((), ("--shard", "1/3")):
+            assert caption(photos, tmp_path / "c.csv", *SMALL, *options) == 1
+            assert "c.csv was begun in other parts: c.csv.1-of-2.part; go on with" in capsys.readouterr().err
+        assert (tmp_path / "c.csv.1-of-2.part").exists()
+        assert caption(photos, tmp_path / "c.csv2.csv") == 0  # another output
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -278,6 +374,8 @@ class TestRefusals:
             (("--patch", "16", "--model", "m"), "model=m, but {part} was begun with model=florence-community/"),
             (("--patch", "16", "--instruction", "x"), "instruction=x, but {part} was begun with instruction=<MORE_"),
             (("--patch", "16", "--max-new-tokens", "9"), "max_new_tokens=9, but {part} was begun with max_new_tokens="),
+            (("--patch", "16", "--first", "2"), "first=2, but {part} was begun with first=null; set it back"),
+            (("--patch", "16", "--per-photo", "1"), "per_photo=1, but {part} was begun with per_photo=null; set it"),
             (("--whole",), "patch=null, stride=null, but {part} was begun with patch=16, stride=16; set it back"),
         ],
     )
@@ -330,7 +428,7 @@ class TestRefusals:
 
         other = Journal(tmp_path / "c.csv.part", {})
         assert caption(photos, tmp_path / "c.csv") == 1
-        assert "c.csv.part is held by another process" in capsys.readouterr().err
+        assert f"c.csv.part is held by process {os.getpid()} that captions" in capsys.readouterr().err
         other.close()
         assert caption(photos, tmp_path / "c.csv") == 0
 
@@ -349,6 +447,10 @@ class TestRefusals:
             (("--batch-size", "0"), "--batch-size 0 is out of range; give 1 or more"),
             (("--max-new-tokens", "0"), "--max-new-tokens 0 is out of range; give 1 or more"),
             (("--patch", "16", "--stride", "17"), "--stride 17 leaves gaps between patches of --patch 16; give 16"),
+            (("--first", "0"), "--first 0 is out of range; give 1 or more"),
+            (("--per-photo", "0"), "--per-photo 0 is out of range; give 1 or more"),
+            (("--shard", "3/2"), "argument --shard: 3/2 is no part; give I/N with 1 <= I <= N, e.g. 1/8"),
+            (("--whole", "--per-photo", "2"), "--per-photo 2 has no effect with --whole; leave one of them out"),
             (("--whole", "--patch", "16"), "--patch 16 has no effect with --whole; leave one of them out"),
             (("--device", "abacus"), "--device abacus cannot be used"),
         ],
