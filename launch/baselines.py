@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from common.images import bicubic_upsample
 from common.metrics import build_metric, to_uint8
+from data.images import Pixels
 
-Pixels = NDArray[np.uint8]
-"""An RGB image, (H, W, 3), uint8."""
-
-Sample = Mapping[str, Any]
+PairedSample = Mapping[str, Any]
 """`lq` (3,h,w) and `hq` (3,s*h,s*w), uint8 tensors; `name`: str."""
 
 SIGMAS = tuple(0.5 + 0.25 * i for i in range(19))
@@ -31,7 +29,7 @@ CHOSEN_FOR = {"psnr_y": "best PSNR-Y", "ssim_y": "best SSIM-Y"}
 """Metric that chooses a blur's width -> its name in the label of the row."""
 
 
-def bicubic(sample: Sample) -> NDArray[np.float32]:
+def bicubic(sample: PairedSample) -> NDArray[np.float32]:
     """Enlarge a sample's low-quality image to its reference's size: (H, W, 3), [0, 1], not rounded."""
     scale = sample["hq"].shape[-1] // sample["lq"].shape[-1]
     return bicubic_upsample(sample["lq"][None].float() / 255, scale)[0].permute(1, 2, 0).numpy()
@@ -52,7 +50,7 @@ def pixels(image: torch.Tensor) -> Pixels:
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
-def choose_sigmas(samples: Iterable[Sample], sigmas: Sequence[float] = SIGMAS) -> dict[str, float]:
+def choose_sigmas(samples: Iterable[PairedSample], sigmas: Sequence[float] = SIGMAS) -> dict[str, float]:
     """Find the blur widths that are best on average.
 
     Args:

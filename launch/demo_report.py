@@ -11,7 +11,7 @@ from launch.demo import Outcome
 
 if TYPE_CHECKING:
     from data.datamodules import Photos
-    from launch.comparison import Comparison
+    from launch.comparison import WrittenReport
     from launch.comparison.pictures import NamedFigure
 
 _NOTE = (
@@ -20,7 +20,7 @@ _NOTE = (
 )
 
 
-def write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_steps: int | None) -> Comparison:
+def write_report(data: Photos, outcomes: Sequence[Outcome], runs: Path, max_steps: int | None) -> WrittenReport:
     """Choose the blurs on the validation photos and put everything side by side."""
     from launch import baselines
     from launch.comparison import compare

@@ -50,11 +50,11 @@ def run(command: str, argv: Sequence[str]) -> int:
         device=options.device,
         scale=options.scale,
     )
-    for method in found.data["methods"]:
+    for method in found.data.methods:
         if method["failures"]:
             first = method["failures"][0]
             print(f"isr: {method['name']} has no result of {len(method['failures'])} images, e.g. {first['reason']}")
-    missing: dict[str, str] = found.data["missing"]
+    missing = found.data.missing
     for reason in dict.fromkeys(missing.values()):
         metrics = ", ".join(metric for metric, why in missing.items() if why == reason)
         print(f"isr: not computed: {metrics}: {reason}")

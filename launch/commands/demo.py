@@ -75,13 +75,13 @@ def _report(
     setup_seconds: float,
 ) -> int:
     """Write the report, and print its path and the times."""
-    from launch.comparison.outputs import means_table
+    from launch.comparison.tables import means_table
 
     failed = [outcome for outcome in outcomes if outcome.failure]
     start = time.perf_counter()
     made = write_report(data, outcomes, runs, max_steps)
     report_seconds = time.perf_counter() - start
-    for dataset in made.data["datasets"]:
+    for dataset in made.data.datasets:
         print(f"\n{means_table(made.data, dataset)}\n")
     fit, test = sum(o.fit_seconds for o in outcomes), sum(o.test_seconds for o in outcomes)
     times = f"set-up {setup_seconds:.0f} s, fit {fit:.0f} s, test {test:.0f} s, report {report_seconds:.0f} s"

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from data.images import ImageError, Pixels, first_five, list_images, read_image
 from launch.baselines import blurred, rounded
 from launch.comparison.inputs import Item
 from launch.errors import UsageError
-from launch.runs import differing_versions
+from launch.runs import differing_versions, leaves, paper_of, stored_model
 
 
 class Method(ABC):
@@ -41,6 +41,9 @@ class Method(ABC):
     """True where its speed can be measured here."""
     scale: int | None = None
     """The only factor it restores by; None takes any. That of weights is known once `network` is."""
+
+    paper: str | None = None
+    """Folder of the paper that the method is of; None where it is of none."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -133,15 +136,9 @@ class Run(Method):
         self.checkpoint = _checkpoint(path)
         self.settings = _settings(path, self.checkpoint)
         self.scale = self.settings.get("init_args", {}).get("scale")
+        self.paper = paper_of(str(self.settings["class_path"]))
         self._key = ""
         self._others = [] if images is not None else differing_versions(path)
-
-    @property
-    def paper(self) -> str:
-        """The paper's folder."""
-        from launch.runs import paper_of
-
-        return paper_of(str(self.settings["class_path"]))
 
     def notes(self, items: Sequence[Item]) -> list[str]:
         """Versions of its name that are another model, or were trained on other data."""
@@ -153,9 +150,10 @@ class Run(Method):
         if self.images is not None:
             return _digest_of(self._image(item))
         if not self._key:
-            leaves = sorted(f"{key}={value}" for key, value in _leaves(self.settings) if ".metrics" not in key)
-            made = hashlib.blake2b("\n".join(leaves).encode(), digest_size=16)
-            for _, value in _leaves(self.settings):
+            settings = dict(leaves(self.settings))
+            lines = sorted(f"{key}={value}" for key, value in settings.items() if ".metrics" not in f".{key}")
+            made = hashlib.blake2b("\n".join(lines).encode(), digest_size=16)
+            for value in settings.values():
                 if isinstance(value, str) and Path(value).is_file():
                     made.update(Path(value).read_bytes())
             if self.checkpoint is not None:
@@ -327,16 +325,15 @@ class Results(Method):
         turned = [f"{path.name} ({how})" for path, how in self._read.items() if how]
         found = []
         if extra:
-            found.append(f"{self.name}: {len(extra)} extra files belong to no image of the test sets: {_named(extra)}.")
+            named = first_five(sorted(extra))
+            found.append(f"{self.name}: {len(extra)} extra files belong to no image of the test sets: {named}.")
         if turned:
-            found.append(f"{self.name}: {len(turned)} files were converted to 8-bit RGB: {_named(turned)}.")
+            found.append(f"{self.name}: {len(turned)} files were converted to 8-bit RGB: {first_five(sorted(turned))}.")
         return found
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
     """Every run below a folder that has a checkpoint of a method which restores images: `<paper>/<name>` -> folder."""
-    from launch.runs import stored_model
-
     found = {}
     for run in sorted(folder.glob("*/*")):
         checkpoint = newest_checkpoint(run)
@@ -360,8 +357,6 @@ def _checkpoint(path: Path) -> Path | None:
 
 
 def _settings(path: Path, checkpoint: Path | None) -> dict[str, Any]:
-    from launch.runs import stored_model
-
     if checkpoint is not None:
         settings = stored_model(checkpoint)
     else:
@@ -380,14 +375,6 @@ def _digest_of(path: Path) -> str:
         return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}")
-    else:
-        yield prefix, tree
 
 
 def _tensor(item: Item) -> Tensor:
@@ -410,7 +397,3 @@ def _stored_as(path: Path) -> str:
     if kind == "PNG" and path.read_bytes()[24:25] == b"\x10":  # IHDR's depth, which PIL's mode hides
         return f"16 bits, {mode}"
     return "" if mode == "RGB" else mode
-
-
-def _named(names: Sequence[str]) -> str:
-    return first_five(sorted(names))

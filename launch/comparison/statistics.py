@@ -38,7 +38,7 @@ class Mean(NamedTuple):
     n: int
 
 
-class Gain(NamedTuple):
+class PairedGain(NamedTuple):
     """Mean paired difference to another method over the `n` images both have; `wins` is the share that are better."""
 
     mean: float
@@ -95,7 +95,7 @@ def mean_of(values: Mapping[str, float]) -> Mean | None:
     return Mean(float(numbers.mean()), bootstrap_interval(numbers, [*map(photo_of, images)]), len(images))
 
 
-def gain_of(ours: Mapping[str, float], theirs: Mapping[str, float], lower_better: bool = False) -> Gain | None:
+def gain_of(ours: Mapping[str, float], theirs: Mapping[str, float], lower_better: bool = False) -> PairedGain | None:
     """Difference of one method's numbers to another's, image by image; None where they share no image.
 
     Args:
@@ -109,7 +109,9 @@ def gain_of(ours: Mapping[str, float], theirs: Mapping[str, float], lower_better
     differences = np.array([ours[image] - theirs[image] for image in both])
     good = -differences if lower_better else differences
     wins = float((np.sign(good) + 1).mean() / 2)
-    return Gain(float(differences.mean()), bootstrap_interval(differences, [*map(photo_of, both)]), len(both), wins)
+    return PairedGain(
+        float(differences.mean()), bootstrap_interval(differences, [*map(photo_of, both)]), len(both), wins
+    )
 
 
 def mean_ranks(values: Mapping[str, Mapping[str, float]], lower_better: bool = False) -> dict[str, float]:

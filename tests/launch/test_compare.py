@@ -21,14 +21,16 @@ from common.files import folder_name
 from common.metrics import MetricUnavailableError
 from data.images import Pixels, read_image
 from launch.cli import main
-from launch.comparison import compare, engine, measures
+from launch.comparison import WrittenReport, compare, engine, measures
 from launch.comparison.efficiency import measure
 from launch.comparison.inputs import Item
 from launch.comparison.methods import Baseline, Method
-from launch.comparison.outputs import copy_figures, significantly_best
+from launch.comparison.outputs import copy_figures
 from launch.comparison.pictures import NamedFigure, draw_grid, largest_differences, spread
 from launch.comparison.published import published
+from launch.comparison.report import Report
 from launch.comparison.store import Store
+from launch.comparison.tables import significantly_best
 from launch.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,9 +107,9 @@ def reference_ssim(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 def test_psnr_and_ssim_of_every_image_equal_an_independent_float64_computation(pairs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     data = compare(pairs=[pairs], output=output, **QUICK).data
-    found = data["values"]["shots"]["bicubic"]
+    found = data.values["shots"]["bicubic"]
     for name in NAMES:
-        sr, hq = read_image(output / data["images"]["shots"][name]["methods"]["bicubic"]), photo(NAMES.index(name))
+        sr, hq = read_image(output / data.images["shots"][name]["methods"]["bicubic"]), photo(NAMES.index(name))
         lq = torch.from_numpy(hq[::4, ::4].copy()).permute(2, 0, 1)[None].double() / 255
         big = nn.functional.interpolate(lq, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
         np.testing.assert_allclose(sr, 255 * big[0].permute(1, 2, 0), atol=0.5001)
@@ -142,7 +144,7 @@ def test_the_report_has_all_its_files_and_every_path_it_names(pairs: Path, forei
     files = ("metrics.csv", "summary.csv", "efficiency.csv", "report.md", "table.tex", "grid.png", "report.html")
     assert all((output / name).is_file() for name in files)
     assert (made.page, made.markdown) == (output / "report.html", output / "report.md")
-    data = json.loads(json.dumps(made.data))
+    data = json.loads(json.dumps(vars(made.data)))
     assert data["methods"] == [
         {"name": "bicubic", "kind": "baseline", "failures": []},
         {"name": "GAN", "kind": "results", "failures": []},
@@ -192,7 +194,7 @@ def test_tensorboard_gets_means_and_images(pairs: Path, tmp_path: Path) -> None:
 
     data = compare(pairs=[pairs], output=tmp_path / "out", **QUICK).data
     events = EventAccumulator(str(tmp_path / "out")).Reload()
-    mean = data["means"]["shots"]["bicubic"]["psnr_y"]["mean"]
+    mean = data.means["shots"]["bicubic"]["psnr_y"]["mean"]
     assert events.Scalars("shots/psnr_y/bicubic")[0].value == pytest.approx(mean, abs=1e-4)
     assert {"grid", "cat/LQ", "cat/bicubic", "cat/HQ"} <= set(events.Tags()["images"])
 
@@ -217,20 +219,20 @@ def test_foreign_files_that_are_missing_extra_or_spoilt_are_named_and_counted(
     output = tmp_path / "out"
     for _ in range(2):  # the second time from what was kept
         data = compare(results={"GAN": foreign}, pairs=[pairs], output=output, **QUICK).data
-        failures = {failure["image"]: failure["reason"] for failure in data["methods"][1]["failures"]}
+        failures = {failure["image"]: failure["reason"] for failure in data.methods[1]["failures"]}
         assert failures.keys() == {"cat", "broken", "small", "two"}
         assert failures["cat"].startswith("missing: no file cat.*")
         assert "broken.png" in failures["broken"]
         assert failures["small"] == "wrong size: 64 x 32 px, 64 x 64 are wanted"
         assert failures["two"].startswith("ambiguous: two.bmp, two.png")
-        assert "GAN: 1 extra files belong to no image of the test sets: notes.png." in data["notes"]
-        converted = next(note for note in data["notes"] if "converted" in note)
+        assert "GAN: 1 extra files belong to no image of the test sets: notes.png." in data.notes
+        converted = next(note for note in data.notes if "converted" in note)
         assert converted.startswith("GAN: 3 files were converted to 8-bit RGB: deep.png (16 bits")
         assert "glass.png (RGBA)" in converted
         assert "gray.png (L)" in converted
-        assert data["means"]["shots"]["GAN"]["psnr_y"]["n"] == 5
-        assert data["gains"]["shots"]["GAN"]["psnr_y"]["n"] == 5
-        assert data["values"]["shots"]["GAN"]["psnr_y"]["deep"] == pytest.approx(80)  # the reference itself
+        assert data.means["shots"]["GAN"]["psnr_y"]["n"] == 5
+        assert data.gains["shots"]["GAN"]["psnr_y"]["n"] == 5
+        assert data.values["shots"]["GAN"]["psnr_y"]["deep"] == pytest.approx(80)  # the reference itself
         text = (output / "report.md").read_text()
         assert "| GAN | 5 of 9 |" in text
         assert "(n=5)" in text
@@ -245,19 +247,19 @@ def test_results_may_lie_in_a_folder_for_each_test_set(pairs: Path, foreign: Pat
     shutil.copytree(pairs, other)
     shutil.move(foreign, tmp_path / "all" / "more")
     data = compare(results={"GAN": tmp_path / "all"}, pairs=[pairs, other], output=tmp_path / "out", **QUICK).data
-    assert {failure["dataset"] for failure in data["methods"][1]["failures"]} == {"shots"}
-    assert data["means"]["more"]["GAN"]["psnr_y"]["n"] == 3
+    assert {failure["dataset"] for failure in data.methods[1]["failures"]} == {"shots"}
+    assert data.means["more"]["GAN"]["psnr_y"]["n"] == 3
 
 
 def test_images_without_references_get_the_metrics_that_need_none(pairs: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     shutil.copytree(pairs / "test_LR", alone)
     data = compare(pairs=[pairs, alone], output=tmp_path / "out", **QUICK).data
-    assert [dataset["paired"] for dataset in data["datasets"]] == [True, False]
-    assert data["values"]["alone"]["bicubic"].keys() == {"sharpness"}
-    assert data["images"]["alone"]["cat"]["hq"] is None
+    assert [dataset["paired"] for dataset in data.datasets] == [True, False]
+    assert data.values["alone"]["bicubic"].keys() == {"sharpness"}
+    assert data.images["alone"]["cat"]["hq"] is None
     lone = compare(pairs=[alone], output=tmp_path / "lone", **QUICK).data
-    assert lone["missing"]["psnr_y"] == "no test set has references"
+    assert lone.missing["psnr_y"] == "no test set has references"
 
 
 class Counting:
@@ -336,9 +338,9 @@ def test_a_method_that_fails_is_reported_and_the_others_go_on(
 
     monkeypatch.setattr(Baseline, "restore", failing)
     data = compare(blurs={"blur": 1.0}, pairs=[pairs], output=tmp_path / "out", **QUICK).data
-    assert data["methods"][1]["failures"] == [{"dataset": "shots", "image": "dog", "reason": "out of memory"}]
-    assert data["means"]["shots"]["blur"]["psnr_y"]["n"] == 2
-    assert data["means"]["shots"]["bicubic"]["psnr_y"]["n"] == 3
+    assert data.methods[1]["failures"] == [{"dataset": "shots", "image": "dog", "reason": "out of memory"}]
+    assert data.means["shots"]["blur"]["psnr_y"]["n"] == 2
+    assert data.means["shots"]["bicubic"]["psnr_y"]["n"] == 3
     assert "| blur | 2 of 3 |" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -348,22 +350,22 @@ def test_a_metric_that_cannot_run_is_not_computed_for_a_reason(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     quick = {**QUICK, "metrics": ["psnr", "lpips", "ms_ssim", "musiq"]}
     made = compare(pairs=[pairs], output=tmp_path / "out", fid=True, **quick)
-    missing = made.data["missing"]
+    missing = made.data.missing
     assert "LPIPS_v0.1_alex" in missing["pyiqa:lpips"]
     assert missing["pyiqa:musiq"].endswith("isr metrics fetch pyiqa:musiq")
     assert missing["torchmetrics:ms_ssim"] == "ms_ssim needs more than 160 px a side, an image is smaller (3 results)"
     assert "isr metrics fetch pyiqa:fid" in missing["pyiqa:fid"]
-    assert [metric["id"] for metric in made.data["metrics"]] == ["psnr_y"]
+    assert [metric["id"] for metric in made.data.metrics] == ["psnr_y"]
     assert "- pyiqa:lpips: not computed: weights are not here" in made.markdown.read_text()
 
 
 def test_a_test_set_of_few_photos_is_said_to_tell_little(pairs: Path, tmp_path: Path) -> None:
-    said = compare(pairs=[pairs], output=tmp_path / "out", **QUICK).data["notes"]
+    said = compare(pairs=[pairs], output=tmp_path / "out", **QUICK).data.notes
     assert said[0].startswith("shots: its 3 images show 3 photos. Of fewer than 6 photos the intervals are too narrow;")
     for name in "abc":
         for side, image in (("HR", photo(5)), ("LR", photo(5)[::4, ::4])):
             save(pairs / f"test_{side}" / f"{name}.png", image)
-    assert compare(pairs=[pairs], output=tmp_path / "out", **QUICK).data["notes"] == []
+    assert compare(pairs=[pairs], output=tmp_path / "out", **QUICK).data.notes == []
 
 
 def test_crops_of_few_photos_are_said_to_be_drawn_as_if_each_were_a_photo(tmp_path: Path) -> None:
@@ -371,12 +373,12 @@ def test_crops_of_few_photos_are_said_to_be_drawn_as_if_each_were_a_photo(tmp_pa
         for place in range(4):
             save(tmp_path / f"shots/test_{side}/cat_r0c{place}_s0.png", photo(place)[::step, ::step])
     data = compare(pairs=[tmp_path / "shots"], output=tmp_path / "out", **QUICK).data
-    assert data["notes"][0].startswith(
+    assert data.notes[0].startswith(
         "shots: its 4 images show 1 photo. Of fewer than 6 photos the intervals draw the images, as if each were a "
         "photo of its own, and are too narrow;"
     )
-    values = list(data["values"]["shots"]["bicubic"]["psnr_y"].values())
-    mean = data["means"]["shots"]["bicubic"]["psnr_y"]
+    values = list(data.values["shots"]["bicubic"]["psnr_y"].values())
+    mean = data.means["shots"]["bicubic"]["psnr_y"]
     assert min(values) < mean["low"] < mean["mean"] < mean["high"] < max(values)
 
 
@@ -386,9 +388,9 @@ def test_a_number_that_is_none_is_no_number(pairs: Path, tmp_path: Path, monkeyp
     object.__setattr__(metric, "function", lambda sr, hq: float("nan") if sr.max() == 0 else 1.0)
     monkeypatch.setattr(measures, "build", lambda name, device: metric)
     made = compare(pairs=[pairs], output=tmp_path / "out", **{**QUICK, "metrics": ["sharpness"]})
-    assert made.data["means"]["shots"]["bicubic"]["sharpness"]["n"] == 2
-    assert made.data["missing"] == {"sharpness": "its value is nan (1 results)"}
-    json.dumps(made.data, allow_nan=False)
+    assert made.data.means["shots"]["bicubic"]["sharpness"]["n"] == 2
+    assert made.data.missing == {"sharpness": "its value is nan (1 results)"}
+    json.dumps(vars(made.data), allow_nan=False)
 
 
 def test_fid_stands_with_its_n_and_is_not_computed_twice(
@@ -409,7 +411,7 @@ def test_fid_stands_with_its_n_and_is_not_computed_twice(
     for _ in range(2):
         made = compare(results={"GAN": foreign}, pairs=[pairs], output=tmp_path / "out", fid=True, **QUICK)
     assert calls == [3, 2]
-    assert made.data["means"]["shots"]["GAN"]["pyiqa:fid"] == {"mean": 12.5, "low": None, "high": None, "n": 2}
+    assert made.data.means["shots"]["GAN"]["pyiqa:fid"] == {"mean": 12.5, "low": None, "high": None, "n": 2}
     assert "12.50 (n=2)" in made.markdown.read_text()
 
 
@@ -430,9 +432,9 @@ def test_sets_and_methods_whose_names_are_nearly_the_same_keep_their_own_images(
     quick = {**QUICK, "metrics": ["psnr"]}
     for _ in range(2):  # kept results are as right as new ones
         data = compare(pairs=folders, results=results, output=tmp_path / "out", **quick).data
-        names = [dataset["name"] for dataset in data["datasets"]]
+        names = [dataset["name"] for dataset in data.datasets]
         assert names == ["a_my set", "a_my_set-2", "b_My set"]
-        found = data["values"]
+        found = data.values
         for number in (0, 2):
             for method in results:
                 assert found[names[number]][method]["psnr_y"]["cat"] == pytest.approx(
@@ -440,8 +442,8 @@ def test_sets_and_methods_whose_names_are_nearly_the_same_keep_their_own_images(
                 )
     (tmp_path / "net 1/a_my_set").rename(tmp_path / "net 1/a_my_set-2")
     data = compare(pairs=folders, results=results, output=tmp_path / "out", **quick).data
-    assert data["values"]["a_my_set-2"]["my net"]["psnr_y"]["cat"] == pytest.approx(expected["my net", 1], abs=1e-4)
-    (failure,) = data["methods"][2]["failures"]
+    assert data.values["a_my_set-2"]["my net"]["psnr_y"]["cat"] == pytest.approx(expected["my net", 1], abs=1e-4)
+    (failure,) = data.methods[2]["failures"]
     assert failure["reason"].startswith("missing: no file a_my_set-2/cat.* under")
 
 
@@ -452,7 +454,7 @@ def test_flat_results_are_of_no_set_where_two_have_an_image_of_that_name(foreign
     data = compare(
         results={"GAN": foreign}, pairs=[tmp_path / "a", tmp_path / "b"], output=tmp_path / "out", **QUICK
     ).data
-    reasons = [failure["reason"] for failure in data["methods"][1]["failures"]]
+    reasons = [failure["reason"] for failure in data.methods[1]["failures"]]
     assert len(reasons) == 2
     assert all("put the results of each set into a folder of its name" in reason for reason in reasons)
 
@@ -484,7 +486,7 @@ def test_bold_is_only_what_the_images_tell_apart_from_all_others() -> None:
         kept = {method: values[method] for method in methods}
         means = {method: {"m": {"mean": float(np.mean(list(found["m"].values())))}} for method, found in kept.items()}
         metric = {"id": "m", "lower_better": lower}
-        return significantly_best({"values": {"set": kept}, "means": {"set": means}}, "set", metric)
+        return significantly_best(Report(values={"set": kept}, means={"set": means}), "set", metric)
 
     assert best("ours", "far") == "ours"
     assert best("ours", "far", lower=True) == "far"
@@ -624,7 +626,7 @@ def test_figures_are_copied_and_captioned(pairs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     made = compare(pairs=[pairs], output=output, figures=[NamedFigure("a/b", plot)], notes=["a note"], **QUICK)
     shown = {"label": "a/b: blur", "caption": "what one sees", "path": "figures/a-b-blur.png"}
-    assert made.data["figures"] == [shown]
+    assert made.data.figures == [shown]
     assert (output / "figures/a-b-blur.png").read_bytes() == plot.read_bytes()
     assert "- a note" in made.markdown.read_text()
     compare(pairs=[pairs], output=output, **QUICK)
@@ -649,10 +651,10 @@ def test_methods_are_compared_with_the_blurs_and_within_a_paper_with_its_first(
     call = {**QUICK, "pairs": [pairs], "output": tmp_path / "out", "sources": ["GAN: from afar"]}
     runs = {name: Path(name) for name in ("x/first", "y/only", "x/ours")}
     made = compare(runs=runs, results={"GAN": foreign}, blurs={"blur": 1.0}, **call)
-    found = made.data["pairs"]["shots"]
+    found = made.data.pairs["shots"]
     over_blur = [f"{name} over blur" for name in ("GAN", "x/first", "y/only", "x/ours")]
     assert list(found) == ["x/ours over x/first", *over_blur]
-    ours, base = (made.data["values"]["shots"][name]["psnr_y"] for name in ("x/ours", "x/first"))
+    ours, base = (made.data.values["shots"][name]["psnr_y"] for name in ("x/ours", "x/first"))
     differences = [ours[name] - base[name] for name in NAMES]
     gain = found["x/ours over x/first"]["psnr_y"]
     assert gain["mean"] == pytest.approx(np.mean(differences))
@@ -666,7 +668,7 @@ def test_methods_are_compared_with_the_blurs_and_within_a_paper_with_its_first(
     assert f"| x/ours over x/first | {shown} |" in table.replace("**", "")
     assert "- GAN: from afar" in text.partition("## Where the methods come from")[2]
     alone = compare(**{**call, "sources": []})
-    assert alone.data["pairs"] == {"shots": {}}
+    assert alone.data.pairs == {"shots": {}}
     assert "differences to other" not in alone.markdown.read_text()
     assert "come from" not in alone.markdown.read_text()
 
@@ -717,10 +719,10 @@ def test_somebody_elses_folder_and_one_among_the_inputs_are_no_output(
 
 def test_what_a_full_disk_left_of_a_record_is_made_again(pairs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    before = compare(pairs=[pairs], output=output, **QUICK).data["values"]
+    before = compare(pairs=[pairs], output=output, **QUICK).data.values
     record = output / "cache/methods/bicubic/shots/cat.json"
     record.write_text(record.read_text()[:20])
-    assert compare(pairs=[pairs], output=output, **QUICK).data["values"] == before
+    assert compare(pairs=[pairs], output=output, **QUICK).data.values == before
 
 
 def test_the_key_of_a_number_holds_reference_and_protocol(pairs: Path, tmp_path: Path) -> None:
@@ -779,9 +781,9 @@ def test_images_that_isr_test_left_are_taken_and_the_model_serves_the_efficiency
     output = tmp_path / "out"
     data = compare(runs={"r": run}, images={"r": tmp_path / "test"}, pairs=[pairs], output=output, **call).data
     np.testing.assert_array_equal(
-        read_image(output / data["images"]["shots"]["cat"]["methods"]["r"]), read_image(tmp_path / "test/shots/cat.png")
+        read_image(output / data.images["shots"]["cat"]["methods"]["r"]), read_image(tmp_path / "test/shots/cat.png")
     )
-    assert data["efficiency"][1]["denoiser_calls"] == 1
+    assert data.efficiency[1]["denoiser_calls"] == 1
 
 
 @pytest.mark.slow
@@ -790,7 +792,7 @@ def test_a_run_without_checkpoint_is_taken_as_configured(run: Path, pairs: Path,
     bare.mkdir(parents=True)
     shutil.copy(run / "version_0/config.yaml", bare)
     data = compare(runs={"bare": bare.parent}, pairs=[pairs], output=tmp_path / "out", **QUICK).data
-    assert data["methods"][1] == {"name": "bare", "kind": "run", "failures": []}
+    assert data.methods[1] == {"name": "bare", "kind": "run", "failures": []}
 
 
 def test_a_network_from_a_weights_file_restores_as_spandrel_says(pairs: Path, tmp_path: Path) -> None:
@@ -804,16 +806,16 @@ def test_a_network_from_a_weights_file_restores_as_spandrel_says(pairs: Path, tm
     output = tmp_path / "out"
     files = {"tiny": tmp_path / "tiny.pth", "bad": tmp_path / "bad.pth"}
     data = compare(weights=files, pairs=[pairs], output=output, **{**QUICK, "efficiency": True}).data
-    tiny, bad = data["methods"][1:]
+    tiny, bad = data.methods[1:]
     assert tiny == {"name": "tiny", "kind": "weights", "failures": []}
     assert len(bad["failures"]) == 3
     assert "is no file that spandrel can load" in bad["failures"][0]["reason"]
     lq = torch.from_numpy(photo(0)[::4, ::4].copy()).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         expected = network.eval()(lq)[0].permute(1, 2, 0).clamp(0, 1) * 255
-    found = read_image(output / data["images"]["shots"]["cat"]["methods"]["tiny"])
+    found = read_image(output / data.images["shots"]["cat"]["methods"]["tiny"])
     np.testing.assert_allclose(found, expected, atol=0.501)
-    cost = data["efficiency"][1]
+    cost = data.efficiency[1]
     assert cost["total"] == cost["trainable"] == sum(parameter.numel() for parameter in network.parameters())
     assert spandrel.__version__
 
@@ -834,10 +836,10 @@ class TestCommand:
 
         caught: dict[str, Any] = {}
 
-        def fake(**arguments: Any) -> engine.Comparison:
+        def fake(**arguments: Any) -> WrittenReport:
             caught.update(arguments)
-            data = {"missing": {"m": "why"}, "methods": [{"name": "x", "failures": [{"reason": "no"}]}]}
-            return engine.Comparison(Path("page"), Path("markdown"), data)
+            data = Report(missing={"m": "why"}, methods=[{"name": "x", "failures": [{"reason": "no"}]}])
+            return WrittenReport(Path("page"), Path("markdown"), data)
 
         monkeypatch.setattr(launch.comparison, "compare", fake)
         monkeypatch.chdir(tmp_path)

@@ -112,7 +112,7 @@ def test_a_network_for_compare(suffix: str, trap: Any, sprung: Path, tmp_path: P
     options = {"metrics": ["sharpness"], "efficiency": False, "progress": False, "device": "cpu"}
     weights = {"gan": trap(f"gan.{suffix}")}
     data = compare(weights=weights, pairs=[tmp_path / "lq"], output=tmp_path / "out", **options).data  # type: ignore[arg-type]
-    assert "cannot be read as tensors" in data["methods"][1]["failures"][0]["reason"]
+    assert "cannot be read as tensors" in data.methods[1]["failures"][0]["reason"]
     assert not sprung.exists()
 
 

@@ -18,7 +18,7 @@ from launch import baselines, demo
 from launch.cli import main
 from launch.commands import demo as command
 from launch.commands import fit
-from launch.comparison import engine, measures
+from launch.comparison import efficiency, measures
 from launch.comparison.efficiency import Cost
 from launch.errors import UsageError
 from launch.runs import config_run_name
@@ -106,7 +106,7 @@ def lightning(monkeypatch, papers, photos):
     monkeypatch.setattr(demo, "find_rows", partial(demo.find_rows, papers=papers))
     monkeypatch.setattr(demo, "METRICS", ("psnr_rgb", "sharpness"))
     monkeypatch.setattr(baselines, "choose_sigmas", lambda samples: {"psnr_y": 1.5, "ssim_y": len(samples) / 10})
-    monkeypatch.setattr(engine, "measure", lambda method, item, device: Cost(method.name))
+    monkeypatch.setattr(efficiency, "measure", lambda method, item, device: Cost(method.name))
     return fake
 
 
