@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _LENGTHS = {torch.optim.lr_scheduler.OneCycleLR: "total_steps", torch.optim.lr_scheduler.CosineAnnealingLR: "T_max"}
-"""Schedules that must not be stepped beyond their length: the one raises there, the other's rate goes up again."""
+"""Schedules with a length: beyond it the first fails, and the other's rate goes up again."""
 Batch = dict[str, Any]
 """`lq` (B,3,h,w) and `hq` (B,3,s*h,s*w), uint8 or float in [0,1]; `prompt`, `name`: list[str]; `index`: (B,) int64."""
 
@@ -440,12 +440,12 @@ class TrainingModule(LightningModule):
         self._check_schedules()
 
     def _check_schedules(self) -> None:
-        """Refuse a schedule that ends before the run, and warn of one that the run does not come to the end of.
+        """Refuse a schedule that would stop the run, and warn of one of another length than the run's.
 
         It runs after a checkpoint has been restored, which brings its schedule's length.
 
         Raises:
-            ValueError: A schedule ends before the run.
+            ValueError: The run goes on after the end of a `OneCycleLR`, which fails there.
         """
         updates = self.trainer.max_steps
         for config in self.trainer.lr_scheduler_configs:
@@ -455,12 +455,13 @@ class TrainingModule(LightningModule):
             if updates < 0 or length == updates:
                 continue
             found = f"trainer.max_steps={updates} and {name}={length} of {type(scheduler).__name__}"
-            if length < updates:
-                raise ValueError(
-                    f"{found}: the schedule ends before the run; set both alike, or, where a resumed run brings its "
-                    "schedule, begin a new one with --init_from"
-                )
-            log.warning("%s: the learning rate does not come to its end; set both alike", found)
+            remedy = "set both alike (a resumed run brings its schedule; --init_from begins a new one)"
+            if length > updates:
+                log.warning("%s: the learning rate does not come to its end; %s", found, remedy)
+            elif isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
+                raise ValueError(f"{found}: the schedule ends before the run; {remedy}")
+            else:
+                log.warning("%s: the learning rate rises again after step %d; %s", found, length, remedy)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the step before it runs, so that a checkpoint made after it agrees."""
