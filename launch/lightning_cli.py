@@ -39,7 +39,8 @@ from common.files import inside
 from common.restoration import RestorationModule
 from common.training import TrainingModule
 from data.images import is_image
-from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs
+from launch.callbacks import EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs
+from launch.checkpoint import Checkpoint
 from launch.errors import UsageError
 from launch.parser import Parser, check_stored, dump
 from launch.run_folder import RunLogger, RunTrainer, SaveConfig

@@ -12,18 +12,19 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.errors import UsageError
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Compare, and say where the report is.
+    """Compare, and print the path of the report.
 
     Returns:
-        0; a method that fails on an image is named and counted in the report, and does not change that.
+        0, also where a method fails on an image; the report names and counts these.
 
     Raises:
-        UsageError: The arguments name something that is not there or of the wrong kind.
+        UsageError: An argument names a file that does not exist or is of the wrong kind.
     """
     options = _parser(command).parse_args(list(argv))
     from launch.comparison import compare
@@ -66,65 +67,71 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         f"isr {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    methods = parser.add_argument_group("methods (default: every run under runs/)")
-    methods.add_argument(
+    _add_methods(parser.add_argument_group("methods (default: every run under runs/)"))
+    _add_images(parser.add_argument_group("images (default: the embedded photos)"))
+    _add_measures(parser.add_argument_group("metrics and costs"))
+    _add_report(parser.add_argument_group("report"))
+    return parser
+
+
+_SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+
+
+def _add_methods(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--runs",
-        nargs="+",
-        action="extend",
-        default=[],
+        **_SEVERAL,
         metavar="[NAME=]RUN",
-        help="a run's folder, runs/PAPER/NAME, one of its versions, or a checkpoint",
+        help="folder of a run, runs/PAPER/NAME, one of its versions, or a checkpoint",
     )
-    methods.add_argument(
+    group.add_argument(
         "--results",
-        nargs="+",
-        action="extend",
-        default=[],
+        **_SEVERAL,
         metavar="NAME=DIR",
-        help="another program's images, named like the low-quality ones; DIR may hold a folder for each test set",
+        help="images of another program, named like the low-quality ones; DIR may hold a folder for each test set",
     )
-    methods.add_argument(
+    group.add_argument(
         "--weights",
-        nargs="+",
-        action="extend",
-        default=[],
+        **_SEVERAL,
         metavar="NAME=FILE",
         help="weights of a GAN or another network that spandrel knows (Real-ESRGAN, BSRGAN, SwinIR ...)",
     )
-    methods.add_argument("--reference", default="bicubic", help="method the others are compared with (%(default)s)")
-    images = parser.add_argument_group("images (default: the embedded photos)")
-    images.add_argument(
+    group.add_argument("--reference", default="bicubic", help="method the others are compared with (%(default)s)")
+
+
+def _add_images(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--pairs",
-        nargs="+",
-        action="extend",
-        default=[],
+        **_SEVERAL,
         type=Path,
         metavar="DIR",
-        help="a folder of pairs (test_LR and test_HR, LR and HR, lq and gt ...) or of low-quality images alone",
+        help="folder of pairs (test_LR and test_HR, LR and HR, lq and gt ...) or of low-quality images alone",
     )
-    images.add_argument(
+    group.add_argument(
         "--data",
-        nargs="+",
-        action="extend",
-        default=[],
+        **_SEVERAL,
         type=Path,
         metavar="CONFIG",
         help="configuration whose test sets are taken, e.g. data/configs/real_benchmarks.yaml",
     )
-    images.add_argument("--scale", type=int, default=4, help="factor of the --pairs (%(default)s)")
-    measured = parser.add_argument_group("what is measured")
-    measured.add_argument(
+    group.add_argument("--scale", type=int, default=4, help="super-resolution factor of --pairs (%(default)s)")
+
+
+def _add_measures(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--metrics",
         nargs="+",
         default=[],
         metavar="ID[,ID]",
         help="e.g. psnr,ssim,lpips,musiq (isr metrics list names all; default: those that need no weights)",
     )
-    measured.add_argument("--fid", action="store_true", help="FID too, if its weights are here")
-    measured.add_argument("--no-efficiency", action="store_true", help="no times, memory, multiplications")
-    measured.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
-    report = parser.add_argument_group("report")
-    report.add_argument(
+    group.add_argument("--fid", action="store_true", help="compute FID too, where its weights are present")
+    group.add_argument("--no-efficiency", action="store_true", help="skip times, memory and multiplications")
+    group.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+
+
+def _add_report(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -132,9 +139,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         metavar="OUTPUT",
         help="folder of the report (%(default)s)",
     )
-    report.add_argument("--title", default="Comparison", help="its heading")
-    report.add_argument("--embed", action="store_true", help="put the images into report.html, to send it as one file")
-    return parser
+    group.add_argument("--title", default="Comparison", help="heading of the report (%(default)s)")
+    group.add_argument("--embed", action="store_true", help="put the images into report.html, to send it as one file")
 
 
 def _named(argument: str, texts: Sequence[str], optional: bool = False) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.training import Batch, TrainingModule
-from launch.callbacks import Checkpoint
+from launch.checkpoint import Checkpoint
 
 
 class Toy(TrainingModule):

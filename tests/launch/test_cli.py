@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from PIL import Image
 
 from launch import lightning_cli
-from launch.callbacks import Checkpoint, EndOnSignal, HoldFolder, InitFrom, RunInfo
+from launch.callbacks import EndOnSignal, HoldFolder, InitFrom, RunInfo
+from launch.checkpoint import Checkpoint
 from launch.cli import main
 from launch.errors import plain
 from launch.lightning_cli import IsrCLI
