@@ -1,4 +1,4 @@
-"""What a test of stage 2 shows: rewards before and after it, of the same images by the same noise, and a picture."""
+"""Results of a test of stage 2: rewards of the same images before and after it, by the same noise, and a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DRAWS = 10_000  # of the bootstrap
+_DRAWS = 10_000  # bootstrap samples
 _DPI = 100
 
 
@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
     noise: int
     """Number of the noise."""
     before: dict[str, float]
-    """Raw rewards, and PSNR-Y where there is a reference."""
+    """Raw rewards, and PSNR-Y if there is a reference."""
     after: dict[str, float]
     images: tuple[Tensor, Tensor] | None
     """Both restorations, (3,H,W), [0,1], of the image that is drawn."""
@@ -41,7 +41,7 @@ class Gain(NamedTuple):
     before: float
     after: float
     low: float
-    """Of the 95 % interval of after - before."""
+    """Lower end of the 95 % interval of after - before."""
     high: float
     images: int
     noises: int
@@ -74,7 +74,7 @@ def write_comparison(folder: Path, rows: Sequence[Comparison], compared: int) ->
     """Write `rewards.csv`, and into `figures` the plot of all pairs and the picture of one image's samples.
 
     Args:
-        folder: Of the test's results.
+        folder: Folder of the test's results.
         rows: All comparisons.
         compared: Noises of each image that count; the drawn image has more.
 

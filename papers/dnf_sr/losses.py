@@ -1,7 +1,7 @@
 """NF2T's equations (arXiv:2609.15120, section 3.4 and Algorithm 1), and those of DiffusionNFT (arXiv:2509.16117).
 
-B batch, K restorations of one image (a group), M rewards. v_old and v are velocities of the policies that made the
-group and that is trained; y is the velocity whose clean estimate is the restoration.
+B batch, K restorations of one image (a group), M rewards. v_old is the velocity of the policy that made the group, v
+that of the trained policy; y is the velocity whose clean estimate is the restoration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Normalised(NamedTuple):
     """Rewards of B groups."""
 
     r: Tensor
-    """(K, B), within (0, 1); 1/2 is as good as the group."""
+    """(K, B), within (0, 1); 1/2 is the group's average."""
     flat: Tensor
     """Share of (group, metric) pairs without any spread, whose r_i is 1/2 throughout."""
     unscored: Tensor
@@ -31,12 +31,12 @@ class Normalised(NamedTuple):
 
 
 class Branches(NamedTuple):
-    """What the positive and the negative branch say of v, without a graph."""
+    """Loss and gradient of the positive and the negative branch at v, without a graph."""
 
     loss: Tensor
     """r L+ + (1 - r) L-, mean over the batch."""
     gradient: Tensor
-    """Of the loss at v, of v's shape."""
+    """Gradient of the loss at v, of v's shape."""
     gap: Tensor
     """|x+ - x-|, mean over all values."""
 
@@ -46,7 +46,7 @@ def normalised_rewards(raw: Tensor, std: Std = "population") -> Normalised:
 
     Args:
         raw: Raw rewards, higher for better, (M, K, B).
-        std: Divide the variance by K (`population`) or K - 1 (`sample`), which shrinks what Phi sees by a constant.
+        std: Divide the variance by K (`population`) or K - 1 (`sample`), which shrinks Phi's argument by a constant.
     """
     num_metrics, size, batch = raw.shape
     unscored = ~raw.isfinite().flatten(0, 1).all(0)
@@ -75,13 +75,13 @@ def two_branches(
 ) -> Branches:
     """Equations 7 to 9 in image and feature space, r L_rec(x+, x_hat) + (1 - r) L_rec(x-, x_hat).
 
-    The branches are decoded one after the other, each back to v, so that one graph of the decoder is alive at a time.
-    The caller passes the gradient on, by `(v * gradient).sum()`.
+    The branches are decoded and differentiated one after the other, so that one graph of the decoder is alive at a
+    time. The caller applies the gradient, by `(v * gradient).sum()`.
 
     Args:
         v: Velocity of the trained policy, (B, C, h, w).
-        v_old: That of the old one, without a graph.
-        beta: Mixing; 1 / beta is the guidance strength.
+        v_old: Velocity of the old policy, without a graph.
+        beta: Mixing weight; 1 / beta is the guidance strength.
         r: Rewards, (B,), in [0, 1].
         image_of: Decodes the clean estimate of a velocity.
         distance: L_rec of images to the restorations, (B,).
@@ -101,7 +101,7 @@ def two_branches(
 
 
 def on_policy_loss(distance: Tensor, r: Tensor, beta: float) -> Tensor:
-    """What has `two_branches`' gradient where v = v_old: beta (2r - 1) L_rec(x, x_hat); (B,) in, (B,) out."""
+    """A loss with `two_branches`' gradient at v = v_old: beta (2r - 1) L_rec(x, x_hat); (B,) in, (B,) out."""
     return beta * (2 * r - 1) * distance
 
 
@@ -121,12 +121,12 @@ def self_normalised_nft_loss(
 
     Args:
         v: Velocity of the trained policy, (B, C, h, w).
-        v_old: That of the old one.
-        y: The restoration's.
+        v_old: Velocity of the old policy.
+        y: Velocity of the restoration.
         r: Rewards, (B,).
-        beta: As for `implicit_velocities`.
+        beta: Mixing weight, as for `implicit_velocities`.
         t: Time of the step.
-        factor: 5 there (`adv_clip_max`).
+        factor: Factor on the loss; DiffusionNFT's code has 5 (`adv_clip_max`).
 
     Returns:
         Loss per image, (B,).

@@ -1,6 +1,6 @@
-"""DNF-SR's one step: an image-editing flow model takes the noised low-quality latent for the image it is making.
+"""DNF-SR's one step: the noised low-quality latent takes the place of the image that an image-editing flow model makes.
 
-Both stages restore so. `sft.py` is stage 1, `nf2t.py` stage 2, `README.md` the card.
+Both stages restore in this way. `sft.py` is stage 1, `nf2t.py` stage 2, `README.md` the card.
 """
 
 from __future__ import annotations
@@ -36,57 +36,57 @@ from common.pretrained import DTYPES, architecture_only, is_architecture_only, l
 from common.restoration import RestorationModule
 
 SUFFIX = "Make this image more realistic and detailed."
-"""What follows every caption (the paper's Figure 4)."""
+"""Text after every caption (the paper's Figure 4)."""
 
 
 class Slots(NamedTuple):
-    """Latents (B,C,h,w) on their way into the step, and the one that it starts from."""
+    """Latents (B,C,h,w): the inputs of the step, and the one that it starts from."""
 
     target: Tensor
-    """In the place of the image to make."""
+    """Input in the place of the image to make."""
     reference: Tensor | None
-    """In the place of the image to edit."""
+    """Input in the place of the image to edit."""
     start: Tensor
-    """What t v is taken off."""
+    """Latent from which t v is subtracted."""
 
 
 class Conditions(NamedTuple):
-    """What is decided once for a whole image."""
+    """Conditions of a whole image."""
 
     text: FluxText
     noise: int = 0
-    """Number of the noise that is taken, among all that an image can be restored with."""
+    """Number of the noise among those that an image can be restored with."""
 
 
 class FlowRestorer(RestorationModule):
-    """What both stages share: the frozen flow model and its one step; see the file's head.
+    """Base class of both stages: the frozen flow model and its one step.
 
     Args:
         pretrained: VAE, transformer and text encoders: hub id, diffusers folder, `tiny` or `random:<architecture>`.
-        base_dtype: Of the frozen transformer; adapters and VAE are float32.
-        input: `dual`: the noised low-quality latent is the image to make, the clean one the image to edit. `mix`: the
-            former alone. `lr`: the clean latent is the image to make, without noise.
+        base_dtype: Precision of the frozen transformer; adapters and VAE are float32.
+        input: Latents in the step. `dual`: the noised low-quality latent is the image to make, the clean one the image
+            to edit. `mix`: only the noised latent. `lr`: the clean latent is the image to make, without noise.
         t_mid: Time of the step, in (0, 1]; at 1 the noised latent is noise alone.
-        clean_estimate: What t v is taken off: the target `slot`, or the clean low-quality latent (`z_lq`), as the
-            supplement prints.
-        guidance: What a guidance-distilled transformer is told.
+        clean_estimate: Latent from which t v is subtracted: the target `slot`, or the clean low-quality latent
+            (`z_lq`), as in the supplement.
+        guidance: Guidance input of a guidance-distilled transformer.
         prompt: Text for every image in the place of its own; null takes the data's captions.
-        prompt_suffix: What follows every text.
+        prompt_suffix: Text after every caption or prompt.
         captioner: Image-to-text model (hub id or folder) that writes each low-quality image's text at test time in the
             place of the data's; bfloat16 on an accelerator, float32 on a CPU.
-        max_tokens: Length of the text's tokens.
-        keep_text_encoders: Keep T5 and CLIP loaded, for texts that change from batch to batch; else they are loaded for
-            every text that was not met before, and freed.
-        text_cache: Folder in which texts' embeddings are kept from run to run; null for none. Without
+        max_tokens: Number of text tokens.
+        keep_text_encoders: Keep T5 and CLIP loaded, for texts that change from batch to batch. Otherwise they are
+            loaded for every new text, and freed.
+        text_cache: Folder that keeps the texts' embeddings from run to run; null for none. Without
             `keep_text_encoders` a fit first fills it with the texts of the training and validation sets, each process
             with its share; all nodes must share the folder.
-        lora_rank: Of all adapters.
-        lora_alpha: Likewise; the scale is alpha / rank.
+        lora_rank: Rank of all adapters.
+        lora_alpha: Alpha of all adapters; their scale is alpha / rank.
         dists: Loss in feature space.
-        dists_weights: Of its VGG16: `pretrained`, `random` or a file.
-        dists_width: Factor on its channels, for `random` only.
-        optimizer: Of the adapters.
-        lr_scheduler: Of that optimiser, stepped once an update.
+        dists_weights: Weights of the loss's VGG16: `pretrained`, `random` or a file.
+        dists_width: Factor on the VGG16's channels, for `random` only.
+        optimizer: Optimiser of the adapters.
+        lr_scheduler: Learning-rate scheduler of the adapters, stepped once an update.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         **kwargs: As for every method: `scale`, `inference`, `seed`, `ema_decay`, `clip`, `accumulate`,
             `losses`, `losses_weights`.
@@ -136,20 +136,20 @@ class FlowRestorer(RestorationModule):
     # Networks
 
     def configure_networks(self) -> None:
-        """VAE and transformer, both frozen."""
+        """Build VAE and transformer, both frozen."""
         self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
         dtype = DTYPES[self.base_dtype]
         transformer = load_diffusers_model(FluxTransformer2DModel, self.pretrained, "transformer", dtype)
         if transformer.config.in_channels != 4 * self.codec.latent_channels:
             raise ValueError(
-                f"pretrained={self.pretrained}: the transformer takes tokens of {transformer.config.in_channels}, "
-                f"2x2 pixels of the VAE's latents are {4 * self.codec.latent_channels}; give a FLUX with its own VAE"
+                f"pretrained={self.pretrained}: the transformer takes tokens of {transformer.config.in_channels}, but "
+                f"2x2 pixels of the VAE's latents are {4 * self.codec.latent_channels}. Set a FLUX with its own VAE."
             )
         self.size_multiple = math.lcm(2 * self.codec.downscale, self.scale) // self.scale
         self.flow = FluxDenoiser(transformer, self.gradient_checkpointing)
 
     def configure_training(self) -> None:
-        """The loss in feature space."""
+        """Build the loss in feature space."""
         weights = "random" if is_architecture_only() else self.dists_weights
         self.dists = build_image_loss(self.dists_kind, weights, self.dists_width)
 
@@ -160,7 +160,7 @@ class FlowRestorer(RestorationModule):
         return networks | ({"loss network (VGG16)": self.dists} if isinstance(self.dists, nn.Module) else {})
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, adapters with their number of layers, and the text encoders."""
+        """Rows of the networks, of the adapters with their number of layers, and of the text encoders."""
         networks, rows = self.networks(), []
         for row in super().parameter_rows():
             adapted = networks.get(row.name.removesuffix(" LoRA"))
@@ -173,7 +173,7 @@ class FlowRestorer(RestorationModule):
         return rows
 
     def memory_plan(self) -> dict[str, int]:
-        """Bytes of what training holds, by what it is; activations are not among them."""
+        """Bytes of weights, gradients and optimiser states in training, by part; activations are not counted."""
         assert self.flow is not None
         with architecture_only():
             text = encode_flux_prompts(self.pretrained, [""], max_tokens=self.max_tokens)
@@ -191,11 +191,11 @@ class FlowRestorer(RestorationModule):
         return plan
 
     def wants_prompts(self) -> str | None:
-        """Without a text for all images each has its own."""
+        """Name the option if there is no one text for all images."""
         return "prompt=null" if self.prompt is None else None
 
     def configure_optimizers(self) -> Any:
-        """One for each of `trainable_patterns`; only the first is scheduled."""
+        """One optimiser for each of `trainable_patterns`; only the first has a scheduler."""
         optimizers = [self._make_optimizer(name) for name in self.trainable_patterns()]
         return optimizers, [self.lr_scheduler(optimizers[0])] if self.lr_scheduler is not None else []
 
@@ -228,7 +228,7 @@ class FlowRestorer(RestorationModule):
         return self.dists(to_01(x), to_01(target))
 
     def texts(self, prompts: list[str]) -> list[str]:
-        """What the transformer is told: each caption (or `prompt`) and the suffix."""
+        """The transformer's texts: each caption (or `prompt`) with the suffix."""
         texts = [prompt if self.prompt is None else self.prompt for prompt in prompts]
         return [f"{text.strip()} {self.prompt_suffix}".strip() for text in texts]
 
@@ -244,7 +244,7 @@ class FlowRestorer(RestorationModule):
         )
 
     def on_fit_start(self) -> None:
-        """Encode texts now, so that a run that lacks the encoders fails before it starts: one, or fill `text_cache`."""
+        """Encode one text, or fill `text_cache`, so that a run without text encoders fails before it starts."""
         super().on_fit_start()
         given: list[str] = getattr(getattr(self.trainer, "datamodule", None), "texts", list)()
         given = given or [""]
@@ -254,7 +254,7 @@ class FlowRestorer(RestorationModule):
         self._fill_text_cache(self.text_cache, list(dict.fromkeys(self.texts(given))))
 
     def _fill_text_cache(self, folder: str, texts: list[str]) -> None:
-        """Encode the texts that a folder lacks, each process its share, so that none waits for another for long.
+        """Encode the texts that a folder lacks, each process its share.
 
         Raises:
             ValueError: The processes do not share the folder.
@@ -269,18 +269,18 @@ class FlowRestorer(RestorationModule):
         lacking = lacking_flux_prompts(self.pretrained, texts, folder, self.max_tokens)
         if lacking:
             raise ValueError(
-                f"text_cache={folder} lacks {len(lacking)} texts that other processes encoded; give a folder that all "
+                f"text_cache={folder} lacks {len(lacking)} texts that other processes encoded; set a folder that all "
                 "nodes share"
             )
 
     # Inference
 
     def prepare(self, x_lq: Tensor, prompts: list[str]) -> Conditions:
-        """The text belongs to the whole image."""
+        """Embedding of the whole image's text."""
         return Conditions(self.text(prompts if self.captioner is None else self.captioner.to(self.device)(x_lq)))
 
     def restore(self, x_lq: Tensor, conditions: Conditions) -> Tensor:
-        """One transformer call between one encoding and one decoding, with the noise of `test_noise`."""
+        """One encoding, one transformer call and one decoding, with the noise of `test_noise`."""
         z_lq = self.encode(x_lq)
         slots = self.fill(z_lq, self.test_noise(x_lq, z_lq.shape[1:], conditions.noise))
         return to_01(self.codec.decode(self.clean(slots, self.velocity(slots, conditions.text))).clamp(-1, 1))
@@ -288,7 +288,7 @@ class FlowRestorer(RestorationModule):
     def test_noise(self, x_lq: Tensor, shape: torch.Size, number: int = 0) -> Tensor:
         """Noise (B,*shape) that follows from the seed, its number and each image's (or tile's) pixels.
 
-        So a repeated or resumed prediction gives the same file, and neither batch, process nor order matter.
+        A repeated or resumed prediction gives the same file, for any batches, processes and order.
         """
         pixels = to_uint8(x_lq).cpu().numpy()
         keys = [int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=7).digest(), "big") for image in pixels]

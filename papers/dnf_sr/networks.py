@@ -1,6 +1,6 @@
-"""DNF-SR's discriminator: small heads on the features of a frozen DINOv3 (arXiv:2508.10104), seen through DiffAugment.
+"""DNF-SR's discriminator: DiffAugment, and small heads on the features of a frozen DINOv3 (arXiv:2508.10104).
 
-The paper says no more than "DINOv3"; augmentation, levels and heads are those of OMGSR, whose settings it takes over.
+The paper only names "DINOv3"; augmentation, levels and heads are those of OMGSR, whose settings it takes over.
 B batch, C channels, H W image and h w feature sides, N tokens.
 """
 
@@ -28,8 +28,8 @@ class DinoTrunk(nn.Module):
     """Features of a frozen DINOv3 at several depths; the gradient passes through to the images.
 
     A vision transformer gives its patch tokens after the final LayerNorm, whatever the depth, as DINOv3's own
-    `get_intermediate_layers` does; a ConvNeXt gives its stages' outputs as they are. What comes after the last level is
-    not computed. Always in eval mode, and computed in the dtype of its weights whatever autocast says outside.
+    `get_intermediate_layers` does; a ConvNeXt gives its stages' outputs unchanged. Blocks after the last level are not
+    computed. The trunk is always in eval mode, and computes in the dtype of its weights under any autocast.
 
     Args:
         pretrained: Hub id such as `facebook/dinov3-vitb16-pretrain-lvd1689m` (gated), folder as transformers saves it,
@@ -37,10 +37,10 @@ class DinoTrunk(nn.Module):
         levels: Numbers of the blocks (ConvNeXt: stages) after which features are taken, from 1, increasing. Default:
             5, 9 and 12 of 12 blocks, in proportion for another number of them; ConvNeXt's stages 1, 2 and 3.
         gradient_checkpointing: Recompute the blocks' activations in the backward pass: less memory, more time.
-        seed: Of random weights; the global random state is neither read nor moved.
+        seed: Random seed of random weights; the global random state is neither read nor changed.
 
     Raises:
-        ValueError: The model is no DINOv3, or it has no such levels.
+        ValueError: The model is not a DINOv3, or it has no such levels.
         WeightsNotFoundError: The weights are not there and cannot be fetched.
     """
 
@@ -52,8 +52,8 @@ class DinoTrunk(nn.Module):
         config = self.model.config
         if config.model_type not in (_VIT, _CONVNEXT):
             raise ValueError(
-                f"pretrained={pretrained!r} is a '{config.model_type}' model where DINOv3 is wanted; use a hub id such "
-                "as facebook/dinov3-vitb16-pretrain-lvd1689m, or 'random:dinov3_tiny' for a demo."
+                f"pretrained={pretrained!r} is a '{config.model_type}' model, not a DINOv3; use a hub id such as "
+                "facebook/dinov3-vitb16-pretrain-lvd1689m, or 'random:dinov3_tiny' for a demo."
             )
         self.is_vit: bool = config.model_type == _VIT
         blocks = self._blocks()
@@ -74,25 +74,25 @@ class DinoTrunk(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the module around it does; DINOv3 jitters its positions in train mode."""
+        """Stay in eval mode in any mode of the parent module; DINOv3 jitters its positions in train mode."""
         return super().train(False)
 
     def forward(self, x_pm1: Tensor) -> list[Tensor]:
         """Compute the features.
 
         Args:
-            x_pm1: Images, (B,3,H,W), RGB in [-1,1]; values outside are taken as they are. H and W are multiples of the
+            x_pm1: Images, (B,3,H,W), RGB in [-1,1]; values outside are not clamped. H and W are multiples of the
                 last level's stride.
 
         Returns:
-            One map a level, (B,C,H/stride,W/stride), in the dtype of the weights.
+            One map for each level, (B,C,H/stride,W/stride), in the dtype of the weights.
 
         Raises:
-            ValueError: The size is no multiple of the stride.
+            ValueError: The size is not a multiple of the stride.
         """
         if x_pm1.shape[-2] % self.strides[-1] or x_pm1.shape[-1] % self.strides[-1]:
             size = tuple(x_pm1.shape[-2:])
-            raise ValueError(f"x_pm1 is {size}, no multiple of {self.strides[-1]}, DINOv3's stride; crop or pad it.")
+            raise ValueError(f"x_pm1 is {size}, not a multiple of {self.strides[-1]}, DINOv3's stride; crop or pad it.")
         with no_autocast(x_pm1.device):
             x = x_pm1.to(torch.promote_types(x_pm1.dtype, torch.float32))
             mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -154,7 +154,7 @@ class BlurPool(nn.Module):
 
 
 def conv_head(channels: int, hidden: int) -> nn.Sequential:
-    """Logits at every fourth place: (B,channels,h,w) to (B,1,h/4,w/4), rounded up; h and w of at least 5."""
+    """A head with logits at every fourth place: (B,channels,h,w) to (B,1,h/4,w/4), rounded up; h and w at least 5."""
     return nn.Sequential(
         BlurPool(channels, grow=1),
         spectral_norm(nn.Conv2d(channels, hidden, 3, stride=2)),
@@ -165,7 +165,7 @@ def conv_head(channels: int, hidden: int) -> nn.Sequential:
 
 
 def token_head(channels: int, hidden: int) -> nn.Sequential:
-    """A logit for each token, by a linear layer that is a 1x1 convolution here: (B,channels,h,w) to (B,1,h,w)."""
+    """A head with a logit for each token, by 1x1 convolutions: (B,channels,h,w) to (B,1,h,w)."""
     return nn.Sequential(
         spectral_norm(nn.Conv2d(channels, hidden, 1)), nn.LeakyReLU(0.2), spectral_norm(nn.Conv2d(hidden, 1, 1))
     )
@@ -174,15 +174,15 @@ def token_head(channels: int, hidden: int) -> nn.Sequential:
 class Discriminator(nn.Module):
     """D: DiffAugment, a frozen DINOv3, and a trained head on each of its levels, with spectral normalisation.
 
-    A vision transformer has convolutional heads on all levels but the last, which has one that looks at each token
-    alone; a ConvNeXt has convolutional heads throughout (our reading). Computed in the dtype of the weights, trunk's
-    and heads', whatever autocast says outside. Losses: `bce_smooth` of `common.losses.adversarial`, summed over levels.
+    A vision transformer has convolutional heads on all levels but the last, whose head takes each token alone. A
+    ConvNeXt has convolutional heads on all levels (our reading). Trunk and heads compute in the dtype of their weights
+    under any autocast. The loss is `bce_smooth` of `common.losses.adversarial`, summed over levels.
 
     Args:
         trunk: Hub id such as `facebook/dinov3-vitb16-pretrain-lvd1689m` or
             `facebook/dinov3-convnext-large-pretrain-lvd1689m` (gated), folder as transformers saves it, or
             `random:dinov3_vitb16`, `random:dinov3_convnext_l`, `random:dinov3_tiny`.
-        augment: Show the trunk randomly changed images, real and generated alike.
+        augment: Change the trunk's input images, real and generated, at random.
         levels: Numbers of the blocks (ConvNeXt: stages) that have a head, from 1, increasing. Default: 5, 9 and 12 of
             12 blocks, in proportion for another number of them; ConvNeXt's stages 1, 2 and 3.
         hidden: Width of the heads.
@@ -191,7 +191,7 @@ class Discriminator(nn.Module):
             same. The global generator is not used.
 
     Raises:
-        ValueError: The trunk is no DINOv3, or it has no such levels.
+        ValueError: The trunk is not a DINOv3, or it has no such levels.
         WeightsNotFoundError: The trunk's weights are not there and cannot be fetched.
     """
 
@@ -221,8 +221,8 @@ class Discriminator(nn.Module):
 
         Args:
             x_pm1: Images, (B,3,H,W), RGB in [-1,1]. H and W are multiples of the trunk's stride, at least 5 times it.
-            draws: The batch's random numbers, of B samples; needed where `augment` is set.
-            stream: Name of what is drawn here, e.g. "generator/augment"; other streams, other changes.
+            draws: The batch's random numbers, of B samples; needed with `augment`.
+            stream: Name of the random numbers, e.g. "generator/augment"; each stream has other changes.
 
         Returns:
             Logits of each level: (B,1,h/4,w/4) of convolutional heads, (B,1,h,w) of the token head; D(x) =
@@ -250,7 +250,7 @@ def diff_augment(
     """DiffAugment (arXiv:2006.10738) with its colour, translation and cutout, drawn anew for each image.
 
     Args:
-        x_pm1: Images, (B,3,H,W), in [-1,1]; what comes out may leave that range.
+        x_pm1: Images, (B,3,H,W), in [-1,1]; the changed images may leave that range.
         draws: Random numbers of B samples.
         stream: Prefix of their names.
         translation: Largest shift, as a share of the side.
@@ -284,7 +284,7 @@ def colour(x: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) 
 
     Args:
         x: Images, (B,3,H,W).
-        brightness: What is added, (B,).
+        brightness: Summand, (B,).
         saturation: Factor on the distance from the mean of the pixel's three channels, (B,).
         contrast: Factor on the distance from the mean of all values, (B,).
 
@@ -305,7 +305,7 @@ def translate(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
     Args:
         x: Images, (B,C,H,W).
         down: Rows to move by, int64 (B,); negative for up.
-        right: Columns, likewise.
+        right: Columns to move by, int64 (B,); negative for left.
 
     Returns:
         Images, same shape.
@@ -319,9 +319,9 @@ def cutout(x: Tensor, row: Tensor, column: Tensor, size: tuple[int, int]) -> Ten
 
     Args:
         x: Images, (B,C,H,W).
-        row: The rectangle's centre (the row after it for even sizes), int64 (B,).
-        column: Likewise.
-        size: Its height and width, px.
+        row: Row of the rectangle's centre (the row after it for even sizes), int64 (B,).
+        column: Column of the centre (the column after it for even sizes), int64 (B,).
+        size: Height and width of the rectangle, px.
 
     Returns:
         Images, same shape.

@@ -60,7 +60,7 @@ MOST_SAVED = 10
 SHARED = ("pretrained", "base_dtype", "input", "t_mid", "clean_estimate", "guidance", "lora_rank", "lora_alpha")
 """Settings that must be stage 1's."""
 SHARED_IN_FIT = ("prompt_suffix", "max_tokens")
-"""Settings that must be stage 1's where stage 2 is trained; a test may try others."""
+"""Settings that must be stage 1's in a fit of stage 2; a test may use others."""
 
 
 class UnscoredError(RuntimeError):
@@ -79,7 +79,7 @@ class Sample(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What the gradient step makes of one restoration of each image."""
+    """Objective of the gradient step for one restoration of each image."""
 
     surrogate: Tensor
     """A number whose gradient at theta is the objective's."""
@@ -91,31 +91,31 @@ class NF2T(FlowRestorer):
     """Stage 2: the transformer's adapter learns from the rewards of K restorations of each image.
 
     Two adapters on one frozen base are the policies: `theta`, which is trained, and `old`, which makes the restorations
-    and follows theta. Both start as stage 1's; its encoder is merged and frozen.
+    and follows theta. Both start as stage 1's adapter. Stage 1's encoder is merged and frozen.
 
     Args:
         sft: Stage 1's checkpoint, or its run, e.g. `runs/dnf_sr/kontext_sft`, whose newest checkpoint is taken.
-        variant: `nf2t`: positive and negative branch in image and feature space. `nft`: in velocity space, as
-            DiffusionNFT.
-        rewards: What judges the restorations, with equal weights, see `common.rewards.build_reward`.
+        variant: Space of the positive and the negative branch: image and feature space (`nf2t`), or velocity space
+            as in DiffusionNFT (`nft`).
+        rewards: Rewards of the restorations, with equal weights, see `common.rewards.build_reward`.
         reward_args: Further arguments of a reward, by its name.
-        group_size: K, restorations of one image.
-        beta: Mixing of the policies; 1 / beta is the guidance strength.
+        group_size: Number of restorations of one image, K.
+        beta: Mixing weight of the policies; 1 / beta is the guidance strength.
         std: Standard deviation of a group: of the `population` (1 / K) or the `sample` (1 / (K - 1)).
         rec_weights: Weights of MSE and DISTS in L_rec.
-        updates_per_rollout: `K` makes an update of each restoration, Algorithm 1's loop: on 8 processes with a batch of
-            1 that is the paper's 8 samples an update. 1 makes one update of a whole group.
-        eta_schedule: Share of itself that `old` keeps at the end of a round: none (`hard_copy`), or DiffusionNFT's
+        updates_per_rollout: Updates after each rollout. `K` makes one for each restoration, as in Algorithm 1: on 8
+            processes with a batch of 1 that is the paper's 8 samples an update. 1 makes one update of a whole group.
+        eta_schedule: Share of its weights that `old` keeps at the end of a round: none (`hard_copy`), or DiffusionNFT's
             `type1` or `type2`.
-        fast_on_policy: Use that v = v_old where each rollout is followed by one update and a hard copy: half the
-            transformer calls and decodings of the gradient step, the same gradient.
+        fast_on_policy: Skip the second policy when v = v_old, with one update and a hard copy after each rollout: half
+            the transformer calls and decodings of the gradient step, the same gradient.
         nf2t_noise: Noise of the gradient step: `fresh`, or the `rollout`'s own, which carries no reward signal.
         nft_factor: For `nft` alone: scale each branch by its own error, and both by this over beta (DiffusionNFT: 5);
             null for the plain objective.
         nft_kl: For `nft` alone: weight of |v - v_ref|^2 (DiffusionNFT: 1e-4), v_ref stage 1's policy.
-        compared: Noises by which a test compares each image's restoration with stage 1's, by rewards; 0 for neither
-            comparison nor picture.
-        pictured: Number, from 0, of the image in the first test set of which K restorations before and after are drawn.
+        compared: Number of noises with which a test compares each image's rewards with stage 1's; 0 for no comparison
+            and no picture.
+        pictured: Number, from 0, of the first test set's image whose K restorations before and after are drawn.
         **kwargs: As for `FlowRestorer`.
     """
 
@@ -158,7 +158,7 @@ class NF2T(FlowRestorer):
         self._scoring, self._unscored, self._saved = Later(), torch.zeros(3, dtype=torch.long), 0
 
     def _check(self) -> None:
-        """Settings that contradict each other."""
+        """Refuse settings that contradict each other."""
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} is out of range; a group to compare in has 2 or more")
         if not self.reward_names:
@@ -186,7 +186,7 @@ class NF2T(FlowRestorer):
     # Networks
 
     def configure_networks(self) -> None:
-        """VAE, and transformer with both policies, as stage 1 left them."""
+        """Build the VAE and the transformer with both policies, from stage 1."""
         sft = {} if is_architecture_only() else self._read_sft()  # before anything large is loaded
         self._sft_adapter = _adapter_of(sft, "flow.transformer.")
         super().configure_networks()
@@ -202,13 +202,13 @@ class NF2T(FlowRestorer):
         set_adapter(transformer, THETA)
 
     def configure_training(self) -> None:
-        """Losses and rewards."""
+        """Build losses and rewards."""
         super().configure_training()
         for name in self.reward_names:
             self.rewards[name] = self._reward(name)
 
     def _open_reward(self, name: str) -> None:
-        """Build a reward where it is missing, and fetch its weights now."""
+        """Build a reward if it is missing, and load its weights."""
         if name not in self.rewards:
             self.rewards[name] = self._reward(name).to(self.device)
         self._judges()[name].load(self.device)
@@ -220,10 +220,10 @@ class NF2T(FlowRestorer):
         return build_reward(name, **arguments)
 
     def _read_sft(self) -> dict[str, Tensor]:
-        """Adapters of stage 1's checkpoint; nothing where its file is missing and a checkpoint of stage 2 is to come.
+        """Adapters of stage 1's checkpoint; empty if its file is missing but a checkpoint of stage 2 will be loaded.
 
         Raises:
-            FileNotFoundError: There is no such checkpoint, and none is to come.
+            FileNotFoundError: There is no such checkpoint, and no checkpoint of stage 2 will be loaded.
             ValueError: It is another stage's, or was trained with other settings.
         """
         try:
@@ -236,25 +236,25 @@ class NF2T(FlowRestorer):
             before, here = settings.get(key, getattr(self, key)), getattr(self, key)
             if before == here or (key == "pretrained" and _is_same_place(before, here)):
                 continue
-            said = f"sft={self.sft} was trained with {key}={before}, here is {key}={here}"
+            difference = f"sft={self.sft} was trained with {key}={before}, here is {key}={here}"
             if key != "pretrained":
-                raise ValueError(f"{said}; set model.{key}={before}")
+                raise ValueError(f"{difference}; set model.{key}={before}")
             if _is_name(before) and _is_name(here):
-                raise ValueError(f"{said}; set model.pretrained={before}, or to a folder with those weights")
-            log.warning("%s: see to it that both hold the same weights, which their names do not tell", said)
+                raise ValueError(f"{difference}; set model.pretrained={before}, or to a folder with those weights")
+            log.warning("%s. Make sure that both hold the same weights; their names do not show it.", difference)
         state = {key: value.clone() for key, value in trained_state(checkpoint).items() if "lora_" in key}  # mapped
         kept, v_ref = _adapter_of(state, "codec.vae."), digest(_adapter_of(state, "flow.transformer."))
         self.stages["sft"] = Stage(resolved(self.sft), digest(state), kept, {"v_ref": v_ref})
         return state
 
     def _merge_encoder(self, state: dict[str, Tensor]) -> None:
-        """E_ref: stage 1's encoder, merged."""
+        """Make E_ref: merge stage 1's adapter into the encoder."""
         add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, vae_encoder_targets(self.codec.vae))
         load_adapter_state(self.codec.vae, state)
         merge(self.codec.vae)
 
     def restore_stage(self, argument: str, stage: Stage) -> None:
-        """Take E_ref from the checkpoint, which has both policies, too; of v_ref it has the digest."""
+        """Take E_ref from the checkpoint. It also holds both policies, and the digest of v_ref."""
         self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
         self._merge_encoder(stage.weights)
         self.codec.to(self.device)
@@ -262,12 +262,12 @@ class NF2T(FlowRestorer):
             self._sft_adapter = {}
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks by the paper's names, and the rewards' that are modules (pyiqa's are opened when needed)."""
+        """The networks by the paper's names, and rewards that are modules (pyiqa's load when they are first used)."""
         judges = {f"reward {name}": reward for name, reward in self.rewards.items() if list(reward.parameters())}
         return super().networks() | judges
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, and `old` beside `theta`."""
+        """Rows of the networks, with `old` after `theta`."""
         rows: list[Row] = []
         for row in super().parameter_rows():
             if row.name.startswith("transformer LoRA"):
@@ -279,7 +279,7 @@ class NF2T(FlowRestorer):
         return rows
 
     def memory_plan(self) -> dict[str, int]:
-        """As for stage 1; `old`, and what three copies of the transformer would take in the place of adapters."""
+        """Bytes as for stage 1, those of `old`, and those of three copies of the transformer, for comparison."""
         plan = super().memory_plan()
         (base, *_) = plan.values()
         return plan | {
@@ -288,14 +288,14 @@ class NF2T(FlowRestorer):
         }
 
     def checkpoint_keys(self) -> set[str]:
-        """What is trained, and the old policy."""
+        """Keys of the trained parameters and of the old policy."""
         return super().checkpoint_keys() | {key for key in self.state_dict() if _is_of(key, OLD)}
 
     # Policies: two adapters on one base
 
     @contextmanager
     def policy(self, name: str) -> Iterator[None]:
-        """Within this context the transformer is the policy of that name; outside it is theta.
+        """A context in which the transformer is the policy of that name; outside it is theta.
 
         A backward pass belongs outside: gradient checkpointing recomputes with the adapter that is active then.
         """
@@ -311,7 +311,7 @@ class NF2T(FlowRestorer):
 
     @contextmanager
     def stage_one(self) -> Iterator[None]:
-        """Within this context the transformer is v_ref, stage 1's policy: its weights and `old`'s change places."""
+        """A context in which the transformer is v_ref, stage 1's policy: its weights and `old`'s change places."""
         self._exchange_reference()
         try:
             with self.policy(OLD):
@@ -336,7 +336,7 @@ class NF2T(FlowRestorer):
     # Training
 
     def on_fit_start(self) -> None:
-        """Fetch the rewards' weights now, so that a run fails before it starts."""
+        """Load the rewards' weights, so that a run without them fails before it starts."""
         super().on_fit_start()
         self._said_samples = False
         self._scoring, self._unscored, self._saved = Later(), torch.zeros(3, dtype=torch.long), 0
@@ -344,7 +344,7 @@ class NF2T(FlowRestorer):
             self._open_reward(name)
         if self.nft_kl and not self._sft_adapter:
             raise ValueError(
-                f"nft_kl={self.nft_kl} pulls to stage 1's policy, which sft={self.sft} no longer holds; put that "
+                f"nft_kl={self.nft_kl} needs stage 1's policy, which sft={self.sft} no longer holds; put that "
                 "checkpoint back, or set nft_kl=0"
             )
 
@@ -376,7 +376,7 @@ class NF2T(FlowRestorer):
         self.log_dict({f"train/{name}": torch.stack([one[name] for one in said]).mean() for name in said[0]})
 
     def _say_samples(self, batch_size: int) -> None:
-        """Print of how many restorations an update is."""
+        """Print the number of restorations in an update."""
         self._said_samples = True
         processes, each = self.trainer.world_size, 1 if self.updates_per_rollout == "K" else self.group_size
         rank_zero_info(
@@ -398,8 +398,8 @@ class NF2T(FlowRestorer):
 
     @torch.no_grad()
     def judge(self, samples: list[Sample], batch: Batch) -> Tensor:
-        """Rewards r in (0, 1) of each sample, (K,B); logs what they say."""
-        outputs = [self.fix_colors(to_01(sample.x), batch["lq"]) for sample in samples]  # what users get
+        """Rewards r in (0, 1) of each sample, (K,B); logs raw rewards and their spread."""
+        outputs = [self.fix_colors(to_01(sample.x), batch["lq"]) for sample in samples]  # a user's output
         scores = [self.score(x_01, batch) for x_01 in outputs]
         raw = {name: torch.stack([score[name] for score in scores]) for name in scores[0]}  # each (K,B)
         normalised = normalised_rewards(torch.stack(list(raw.values())), self.std)
@@ -413,17 +413,17 @@ class NF2T(FlowRestorer):
         return normalised.r
 
     def _count_unscored(self, found: Tensor) -> None:
-        """Count, on the device, groups without preference: steps in a row with any, groups in this step and in all."""
+        """Count groups without preference on the device: steps in a row with any, groups in this step and in total."""
         row, _, in_all = self._unscored.to(found.device)
         self._unscored = torch.stack([torch.where(found > 0, row + 1, 0), found, in_all + found])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Tell of the step before this one, whose numbers have come without waiting."""
+        """Report the step before this one, whose numbers are ready without waiting."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         self._say_unscored(self._steps - 1)
 
     def on_train_end(self) -> None:
-        """Tell of the last step."""
+        """Report the last step."""
         super().on_train_end()
         self._say_unscored(self._steps)
 
@@ -451,7 +451,7 @@ class NF2T(FlowRestorer):
         if row >= MOST_UNSCORED:
             raise UnscoredError(
                 f"a reward is not finite in {row} train steps in a row, up to step {step}: the last checkpoint is "
-                f"unharmed; look at {self._run_dir}/unscored_*.pt, or leave that reward out of model.rewards"
+                f"unharmed. Inspect {self._run_dir}/unscored_*.pt, or leave that reward out of model.rewards."
             )
 
     def score(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -488,7 +488,7 @@ class NF2T(FlowRestorer):
     def _nft_objective(
         self, v: Tensor, v_old: Tensor, sample: Sample, r: Tensor, slots: Slots, text: FluxText
     ) -> Objective:
-        """The ablation's, in velocity space, y = (z_t - z_hat) / t; its gap is |v+ - v-|."""
+        """Objective of the ablation in velocity space, y = (z_t - z_hat) / t; its gap is |v+ - v-|."""
         assert self.flow is not None
         y = flow_velocity(slots.start, sample.z, self.t_mid)
         if self.nft_factor is None:
@@ -509,7 +509,7 @@ class NF2T(FlowRestorer):
         """
         if self._policy != THETA:
             raise RuntimeError(
-                f"the policy {self._policy!r} is active; leave it before a backward pass, which is theta's"
+                f"the policy {self._policy!r} is active; leave its context before a backward pass, which needs theta"
             )
         if self.updates_per_rollout == "K":
             with self._uncounted() if not last else nullcontext():
@@ -523,7 +523,7 @@ class NF2T(FlowRestorer):
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
-        """Within this context an optimiser's step does not count as Lightning's `global_step`."""
+        """A context in which an optimiser's step does not count as Lightning's `global_step`."""
         optimizer: Any = self.optimizers()
         hooks = optimizer._on_before_step, optimizer._on_after_step
         optimizer._on_before_step = optimizer._on_after_step = lambda: None
@@ -533,7 +533,7 @@ class NF2T(FlowRestorer):
             optimizer._on_before_step, optimizer._on_after_step = hooks
 
     def _unsynchronised(self) -> AbstractContextManager[None]:
-        """Within this context processes keep their gradients to themselves; a group's last backward sends the sum."""
+        """A context without gradient synchronisation between processes; a group's last backward sends the sum."""
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         context: AbstractContextManager[None] = block()
         return context
@@ -551,7 +551,7 @@ class NF2T(FlowRestorer):
     # Test: the same images with the same noise, before and after
 
     def on_test_start(self) -> None:
-        """Get the rewards; unlike training, a test goes without those that cannot be had."""
+        """Load the rewards; unlike training, a test leaves out those that cannot be loaded."""
         super().on_test_start()
         if self.compared and not self._sft_adapter:
             log.warning("sft=%s no longer holds stage 1's policy: no image is compared with it", self.sft)
@@ -564,7 +564,7 @@ class NF2T(FlowRestorer):
                     del self.rewards[name]
 
     def tested(self, batch: Batch, conditions: Conditions, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
-        """Restore a batch by several noises, by stage 1's policy and by theta, and note what the rewards say."""
+        """Restore a batch with several noises by stage 1's policy and by theta, and note the rewards."""
         if not self.compared or not self._sft_adapter:
             return
         dataset = self._dataset_name("test", dataloader_idx)
@@ -583,7 +583,7 @@ class NF2T(FlowRestorer):
                 self._comparison.append(Comparison(dataset, name, noise, one, other, images))
 
     def _test_scores(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Raw rewards, and PSNR-Y beside them, each (B,)."""
+        """Raw rewards and PSNR-Y, each (B,)."""
         scores = self.score(x_01, batch)
         psnr = self._metric("psnr_y")
         if "hq" in batch and not isinstance(psnr, str):
@@ -593,7 +593,7 @@ class NF2T(FlowRestorer):
         return scores
 
     def on_test_epoch_end(self) -> None:
-        """Write and log what the rewards say of stage 2, and draw the samples."""
+        """Write and log the rewards before and after stage 2, and draw the samples."""
         super().on_test_epoch_end()
         gathered, self._comparison = self.gathered(self._comparison), []
         # an image that two processes saw only once
@@ -607,19 +607,19 @@ class NF2T(FlowRestorer):
 
 
 def _is_same_place(one: str, other: str) -> bool:
-    """Whether two folders are one."""
+    """True if both paths are the same folder."""
     return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _is_name(pretrained: str) -> bool:
-    """Whether it names certain weights: a hub id, `tiny` or `random:<architecture>`; a folder may hold any."""
+    """True if the name fixes the weights: a hub id, `tiny` or `random:<architecture>`; a folder may hold any."""
     if pretrained == "tiny" or pretrained.startswith("random:"):
         return True
     return HUB_ID.fullmatch(pretrained) is not None and not Path(pretrained).is_dir()
 
 
 def _make_buffers(module: nn.Module, name: str) -> None:
-    """Make an adapter's weights buffers: state that no optimiser, clipping or gradient bucket can take up."""
+    """Turn an adapter's weights into buffers, which no optimiser, clipping or gradient bucket takes up."""
     for key, _ in [(key, p) for key, p in module.named_parameters() if _is_of(key, name)]:
         place, _, leaf = key.rpartition(".")
         layer = module.get_submodule(place)
@@ -629,7 +629,7 @@ def _make_buffers(module: nn.Module, name: str) -> None:
 
 
 def _is_of(key: str, adapter: str) -> bool:
-    """Whether a dotted name is of an adapter's weight."""
+    """True if a dotted name is that of an adapter's weight."""
     return f".lora_A.{adapter}." in key or f".lora_B.{adapter}." in key
 
 

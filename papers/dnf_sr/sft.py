@@ -29,10 +29,10 @@ class DNFSR(FlowRestorer):
         lambda_mse: Weight of the MSE (lambda_2), on images in [-1,1].
         lambda_dists: Weight of the loss in feature space (lambda_3).
         lambda_gan: Weight of the adversarial loss; 0 for no discriminator.
-        disc: DINOv3 that the discriminator's heads stand on: hub id, folder or `random:<architecture>`.
+        disc: DINOv3 under the discriminator's heads: hub id, folder or `random:<architecture>`.
         disc_hidden: Width of the heads.
-        disc_augment: Show the discriminator randomly changed images, real and restored alike.
-        disc_optimizer: The discriminator's.
+        disc_augment: Change the discriminator's input images, real and restored, at random.
+        disc_optimizer: Optimiser of the discriminator.
         **kwargs: As for `FlowRestorer`.
     """
 
@@ -64,7 +64,7 @@ class DNFSR(FlowRestorer):
     # Networks
 
     def configure_networks(self) -> None:
-        """VAE and transformer, each with an adapter."""
+        """Build VAE and transformer, each with an adapter."""
         super().configure_networks()
         assert self.flow is not None
         targets = vae_encoder_targets(self.codec.vae)

@@ -1,4 +1,4 @@
-"""What the U-Net is told of an image: its DINOv2 features (F2IDiff) or a text (T2IDiff), and the null condition."""
+"""Conditions of the U-Net: an image's DINOv2 features (F2IDiff) or a text (T2IDiff), and the null condition."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Null = Literal["zeros", "learned"]
 
 
 class FeatureCondition(nn.Module):
-    """Tokens of a frozen DINOv2; none are projected, masked or given positions on their way to cross-attention.
+    """Tokens of a frozen DINOv2. They reach cross-attention without projection, mask or positions.
 
     Args:
         pretrained: DINOv2, see `DinoFeatures`.
-        tokens: `all`, `patch` or `cls`.
-        size: Pixels of the shorter side at DINOv2's input; null for the image's own.
+        tokens: Kind of tokens: `all`, `patch` or `cls`.
+        size: Pixels of the shorter side at DINOv2's input; null for the image's own size.
         null: The null condition: `zeros`, or one `learned` token in every place.
     """
 
@@ -32,7 +32,7 @@ class FeatureCondition(nn.Module):
         self.null_token = nn.Parameter(torch.zeros(1, 1, self.features.width)) if null == "learned" else None
 
     def forward(self, x_01: Tensor, prompts: list[str]) -> Tensor:
-        """Condition of images (B,3,H,W) in [0,1], (B,N,D), fp32, without a graph; prompts are not looked at."""
+        """Condition of images (B,3,H,W) in [0,1], (B,N,D), fp32, without a graph; prompts are ignored."""
         return self.features(x_01)
 
     def null(self, c: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class FeatureCondition(nn.Module):
         return DinoFeatures.null_features(c) if self.null_token is None else self.null_token.expand_as(c)
 
     def negative(self, c: Tensor) -> Tensor:
-        """The null condition, from which guidance leads away."""
+        """The null condition, for the negative branch of guidance."""
         return self.null(c)
 
     def digest(self) -> str:
@@ -52,13 +52,13 @@ class TextCondition(nn.Module):
     """Embeddings of prompts by a frozen text encoder.
 
     Args:
-        pretrained: Where tokenizer and text encoder come from, see `common.pretrained`.
-        width: What the U-Net's cross-attention takes.
-        captioner: Image-to-text model that writes the prompts where none are given, see `Captioner`.
-        negative_prompt: What guidance leads away from.
+        pretrained: Source of the tokenizer and the text encoder, see `common.pretrained`.
+        width: Width of the U-Net's cross-attention.
+        captioner: Image-to-text model that writes the prompts if none are given, see `Captioner`.
+        negative_prompt: Text of the negative branch of guidance.
 
     Raises:
-        ValueError: The embeddings have another width.
+        ValueError: The embeddings have another width than the cross-attention.
     """
 
     def __init__(self, pretrained: str, width: int, captioner: str | None = None, negative_prompt: str = "") -> None:
@@ -66,14 +66,14 @@ class TextCondition(nn.Module):
         found = encode_prompts(pretrained, [""], keep=True).shape[-1]
         if found != width:
             raise ValueError(
-                f"text_encoder={pretrained} makes embeddings {found} wide, the U-Net's cross-attention takes {width}; "
-                "give the text encoder that the U-Net was trained with"
+                f"text_encoder={pretrained} makes embeddings {found} wide, the U-Net's cross-attention takes {width}. "
+                "Set the text encoder that the U-Net was trained with."
             )
         self.pretrained, self.negative_prompt = pretrained, negative_prompt
         self.captioner = Captioner(captioner) if captioner is not None else None
 
     def forward(self, x_01: Tensor, prompts: list[str]) -> Tensor:
-        """Condition of images (B,3,H,W) in [0,1], (B,N,D), fp32, without a graph; no prompts: the captioner's."""
+        """Condition of images (B,3,H,W) in [0,1], (B,N,D), fp32, without a graph; without prompts, the captioner's."""
         texts = prompts if prompts or self.captioner is None else self.captioner.to(x_01.device)(x_01)
         return encode_prompts(self.pretrained, texts, x_01.device, keep=True)
 
@@ -82,7 +82,7 @@ class TextCondition(nn.Module):
         return encode_prompts(self.pretrained, [""], c.device, keep=True).expand_as(c)
 
     def negative(self, c: Tensor) -> Tensor:
-        """The negative prompt, from which guidance leads away, in the shape of `c`."""
+        """Embeddings of the negative prompt, of the shape of `c`."""
         return encode_prompts(self.pretrained, [self.negative_prompt], c.device, keep=True).expand_as(c)
 
     def digest(self) -> str:

@@ -1,4 +1,4 @@
-"""F2IDiff, stage A: a latent diffusion model trained from scratch, told image features or a text (section 3.1)."""
+"""F2IDiff, stage A: a latent diffusion model trained from scratch on image features or a text (section 3.1)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from papers.f2idiff.sampling import sample
 log = logging.getLogger(__name__)
 
 VAL_TIMESTEPS = (100, 250, 500, 800)
-"""Noise levels at which validation looks at the denoising loss."""
+"""Timesteps at which validation measures the denoising loss."""
 
 
 class Foundation(TrainingModule):
@@ -44,23 +44,23 @@ class Foundation(TrainingModule):
 
     Args:
         pretrained: The frozen VAE and the noise schedule: hub id, diffusers folder, `tiny` or `random:<architecture>`.
-        architecture: Of the U-Net, by name: `f2idiff`, `f2idiff_eff` (half the parameters), `f2idiff_eff_half` (half
-            the channels), `t2idiff`, `f2idiff_tiny`.
-        condition: What the U-Net is told: DINOv2 `features` of the patch (F2IDiff) or its `text` (T2IDiff).
+        architecture: Architecture of the U-Net: `f2idiff`, `f2idiff_eff` (half the parameters), `f2idiff_eff_half`
+            (half the channels), `t2idiff`, `f2idiff_tiny`.
+        condition: Condition of the U-Net: DINOv2 `features` of the patch (F2IDiff) or its `text` (T2IDiff).
         features: DINOv2: hub id, folder or `tiny`.
-        feature_tokens: Which of its tokens: `all`, `patch` or `cls`.
-        feature_size: Pixels of the shorter side at its input, a multiple of 14; null for the patch's own size.
-        text_encoder: Where the text encoder comes from; null for `pretrained`.
+        feature_tokens: Kind of DINOv2's tokens: `all`, `patch` or `cls`.
+        feature_size: Pixels of the shorter side at DINOv2's input, a multiple of 14; null for the patch's own size.
+        text_encoder: Source of the text encoder; null for `pretrained`.
         null_condition: The null condition of features: `zeros` or `learned`. Text's is the empty prompt.
         condition_dropout: Share of samples that see the null condition.
-        optimizer: Of the U-Net.
-        lr_scheduler: Of the optimiser, stepped once an update.
+        optimizer: Optimiser of the U-Net.
+        lr_scheduler: Learning-rate scheduler, stepped once an update.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         samples: Images that validation draws, each with and without its condition.
-        sample_steps: DDIM steps of each.
-        guidance: Classifier-free guidance of those with a condition.
+        sample_steps: DDIM steps of each sample.
+        guidance: Classifier-free guidance scale of the samples with a condition.
         seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
-        ema_decay: Decay of the average of the trained weights, which are the ones validated and opened by stage B.
+        ema_decay: Decay of the average of the trained weights. Validation and stage B use the averaged weights.
         clip: Limit of the gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
     """
@@ -106,7 +106,7 @@ class Foundation(TrainingModule):
     # Networks
 
     def configure_networks(self) -> None:
-        """The U-Net with random weights, and what is frozen."""
+        """Build the U-Net with random weights, and the frozen networks."""
         schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
         self.codec = ImageCodec(load_vae(self.pretrained))
         unet = load_unet(f"random:{self.architecture}", trainable=True, seed=self.seed)
@@ -124,12 +124,12 @@ class Foundation(TrainingModule):
         self.denoiser = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
-        """The null condition is trained where it is learned."""
+        """Add the null condition to the trained parameters if it is learned."""
         patterns = self.trainable["unet"]
         return {"unet": patterns if self.kind == "features" and self.null_kind == "learned" else patterns[:1]}
 
     def networks(self) -> dict[str, nn.Module]:
-        """The U-Net, and what it stands on."""
+        """The U-Net and the frozen networks."""
         assert self.denoiser is not None
         networks: dict[str, nn.Module] = {"U-Net": self.denoiser.unet, "VAE": self.codec}
         if isinstance(self.condition, FeatureCondition):
@@ -139,16 +139,16 @@ class Foundation(TrainingModule):
         return networks
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, and the text encoder."""
+        """Rows of the networks and of the text encoder."""
         texts = [text_encoder_row(self.text_encoder)] if self.kind == "text" else []
         return [*super().parameter_rows(), *texts]
 
     def wants_prompts(self) -> str | None:
-        """The condition `text` does."""
+        """Name the option if the condition is `text`."""
         return "condition=text" if self.kind == "text" else None
 
     def configure_optimizers(self) -> Any:
-        """One."""
+        """One optimiser for the U-Net."""
         optimizer = self.optimizer(self.trainable_parameters("unet"))
         return [optimizer], [self.lr_scheduler(optimizer)] if self.lr_scheduler is not None else []
 
@@ -177,7 +177,7 @@ class Foundation(TrainingModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add digests of the frozen networks, which stage B must have, too."""
+        """Add digests of the frozen networks, which stage B must share."""
         super().on_save_checkpoint(checkpoint)
         assert self.denoiser is not None
         self._frozen = self._frozen or frozen_digests(self.codec, self.denoiser.schedule, self.condition)
@@ -202,7 +202,7 @@ class Foundation(TrainingModule):
             self._examples.append((x[:rest], prompts[:rest]))
 
     def _cut(self, x_01: Tensor) -> Tensor:
-        """The upper left part of images that the U-Net's levels divide, (B,3,H,W)."""
+        """The upper left part of images, in a size that the U-Net's levels divide, (B,3,H,W)."""
         height, width = (side // self.size_multiple * self.size_multiple for side in x_01.shape[-2:])
         if not height or not width:
             raise ValueError(
@@ -215,7 +215,7 @@ class Foundation(TrainingModule):
         self._losses("val", batch, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same on test images."""
+        """Denoising loss of the averaged weights on test images, with fixed noise."""
         self._losses("test", batch, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -225,7 +225,7 @@ class Foundation(TrainingModule):
             write_png(path, _pixels(image))
 
     def predicted_files(self, folder: Path) -> list[Path]:
-        """One PNG an image."""
+        """Write one PNG for each image."""
         return self._files(folder, self.names_to_predict())
 
     @staticmethod
@@ -280,35 +280,35 @@ def _pixels(image_01: Tensor) -> Any:
 
 
 class Opened(NamedTuple):
-    """A foundation model that stage B stands on."""
+    """A foundation model that stage B starts from."""
 
     unet: UNet2DConditionModel
     null_token: Tensor | None
-    """The learned null condition, (1,1,D); None where it is zeros or the empty prompt."""
+    """The learned null condition, (1,1,D); None if it is zeros or the empty prompt."""
     state: dict[str, Tensor]
-    """Stage A's weights by their names in its checkpoint, mapped from it; empty where there is no stage A."""
+    """Stage A's weights by their names in its checkpoint, mapped from it; empty without a stage A."""
     frozen: Mapping[str, str] = MappingProxyType({})
     """Digests of stage A's frozen networks, see `frozen_digests`."""
 
 
 def frozen_digests(codec: ImageCodec, schedule: NoiseSchedule, condition: Condition) -> dict[str, str]:
-    """Digests of what both stages stand on, by the setting that names it and its name."""
+    """Digests of the frozen networks of both stages, by the setting that names the network and by its value."""
     colours = torch.stack([torch.zeros(codec.latent_channels, 1, 1), torch.ones(codec.latent_channels, 1, 1)]).cpu()
-    told = "features: DINOv2" if isinstance(condition, FeatureCondition) else "text_encoder: text encoder"
+    conditioner = "features: DINOv2" if isinstance(condition, FeatureCondition) else "text_encoder: text encoder"
     return {
         "pretrained: VAE": fingerprint(codec.vae),
         "pretrained: latent scaling": digest({"z": codec.scaling.scale(colours).bfloat16()}),
         "pretrained: noise schedule": digest({"alpha_bar": schedule.alpha_bar.float()}),
-        told: condition.digest(),
+        conditioner: condition.digest(),
     }
 
 
 def open_foundation(path: str, condition: Kind, **settings: Any) -> Opened:
-    """The U-Net of a stage-A checkpoint, frozen: averaged weights where it has them. The file is read once.
+    """The frozen U-Net of a stage-A checkpoint, with averaged weights if it has them. The file is read once.
 
     Args:
         path: Checkpoint of `Foundation`, or its run, whose newest checkpoint is taken.
-        condition: What stage B will tell it.
+        condition: Stage B's kind of condition.
         settings: Stage B's settings that must be stage A's, by their names.
 
     Raises:
@@ -344,7 +344,7 @@ def check_frozen(opened: Opened, here: Mapping[str, str], path: str, given: Mapp
     Args:
         opened: The foundation.
         here: Digests of stage B's networks.
-        path: Where the foundation comes from.
+        path: Checkpoint or run of the foundation.
         given: Stage B's settings that name networks.
 
     Raises:

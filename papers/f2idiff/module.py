@@ -1,4 +1,4 @@
-"""F2IDiff, stage B: a foundation model turned into a one-step super-resolution network, the OSEDiff way (section 3.2).
+"""F2IDiff, stage B: a foundation model becomes a one-step super-resolution network, as in OSEDiff (section 3.2).
 
 `configs/sr_f2i.yaml` is the paper's run, `README.md` the card; `foundation.py` is stage A. With `condition: text` it is
 T2IDiff-SR, and on a public prior OSEDiff itself (arXiv:2406.08177).
@@ -40,57 +40,57 @@ from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, TextCon
 from papers.f2idiff.foundation import Opened, check_frozen, frozen_digests, open_foundation
 
 UPSAMPLING = ("nearest", "bilinear", "bicubic")
-"""What `train_upsample: random` draws from; OpenCV's area enlarges as nearest does."""
+"""Methods that `train_upsample: random` draws from; OpenCV's area enlarges as nearest does."""
 
 
 class F2IDiffSR(RestorationModule):
-    """Stage B: one-step SR by LoRA on VAE encoder and U-Net, held to the prior by variational score distillation.
+    """Stage B: one-step SR by LoRA on VAE encoder and U-Net, with variational score distillation from the prior.
 
     Args:
-        pretrained: VAE, noise schedule, and what `foundation` and `text_encoder` leave open: hub id, diffusers folder,
-            `tiny` or `random:<architecture>`.
+        pretrained: VAE, noise schedule, and the U-Net and text encoder if `foundation` and `text_encoder` are null: hub
+            id, diffusers folder, `tiny` or `random:<architecture>`.
         foundation: The U-Net: checkpoint of stage A, or its run, e.g. `runs/f2idiff/foundation_f2i`, whose newest
             checkpoint is taken; null for `pretrained`'s own.
-        unet: Subfolder of `pretrained` with the U-Net, where `foundation` is null.
-        architecture: U-Net that `isr parameters` counts while there is no `foundation` yet.
-        condition: What the U-Net is told: DINOv2 `features` of the low-quality image, or its `text`.
+        unet: Subfolder of `pretrained` with the U-Net, if `foundation` is null.
+        architecture: U-Net that `isr parameters` counts if there is no `foundation` yet.
+        condition: Condition of the U-Net: DINOv2 `features` of the low-quality image, or its `text`.
         features: DINOv2: hub id, folder or `tiny`.
-        feature_tokens: Which of its tokens: `all`, `patch` or `cls`.
-        feature_size: Pixels of the shorter side at its input, a multiple of 14; null for the image's own size.
-        feature_source: In training, features of the low-quality (`lr`) or high-quality image (`hr`); at test always
-            the former.
-        text_encoder: Where the text encoder comes from; null for `pretrained`.
+        feature_tokens: Kind of DINOv2's tokens: `all`, `patch` or `cls`.
+        feature_size: Pixels of the shorter side at DINOv2's input, a multiple of 14; null for the image's own size.
+        feature_source: Image whose features training uses: low-quality (`lr`) or high-quality (`hr`). A test always
+            uses the low-quality image.
+        text_encoder: Source of the text encoder; null for `pretrained`.
         condition_dropout: Share of training samples that see the null condition.
         captioner: Image-to-text model (hub id or folder) that writes each tile's text at test time in the place of the
-            data's prompts; Florence-2 as `isr caption` has it write the training captions.
-        negative_prompt: Text that the teacher's guidance leads away from, with `condition: text`; empty as in SD.
-        timestep: T, at which the low-quality latent is taken for a noisy one.
-        lora_rank: Of all adapters.
-        lora_alpha: Likewise; the scale is alpha / rank.
-        train_conv_in: Train the U-Net's `conv_in` itself besides its adapter, as OSEDiff does.
-        train_upsample: How training enlarges the low-quality image: `bicubic`, or one of three at `random`.
+            data's prompts. Florence-2 has the same task as in `isr caption`.
+        negative_prompt: Text of the negative branch of the teacher's guidance, with `condition: text`; empty as in SD.
+        timestep: Timestep T at which the low-quality latent serves as the noisy one.
+        lora_rank: Rank of all adapters.
+        lora_alpha: Alpha of all adapters; their scale is alpha / rank.
+        train_conv_in: Train the U-Net's `conv_in` in addition to its adapter, as OSEDiff does.
+        train_upsample: Enlargement of the low-quality image in training: `bicubic`, or one of three at `random`.
         lambda_mse: Weight of the MSE.
         lambda_perceptual: Weight of the perceptual loss.
         perceptual: Perceptual loss.
-        perceptual_weights: Of its trunk: `pretrained`, `random` or a file.
-        perceptual_width: Factor on its channels, for `random` only.
+        perceptual_weights: Weights of the perceptual loss's network: `pretrained`, `random` or a file.
+        perceptual_width: Factor on that network's channels, for `random` only.
         lambda_vsd: Weight of the VSD loss; 0 leaves out teacher and regulariser.
-        cfg_vsd: Guidance of the teacher; 1 saves one of its two calls.
+        cfg_vsd: Guidance scale of the teacher; 1 saves one of its two calls.
         vsd_timesteps: First and last timestep of the VSD loss.
         lambda_diff: Weight of the regulariser's loss.
-        reg_targets: Layers of the regulariser's U-Net that are adapted: `all` of the generator's kinds, or those of the
-            `mid_block` alone, which are all that OSEDiff's code in effect trains.
-        optimizer: The generator's.
-        reg_optimizer: The regulariser's.
-        lr_scheduler: The generator's, stepped once an update.
+        reg_targets: Adapted layers of the regulariser's U-Net: `all` of the generator's kinds, or only those of the
+            `mid_block`, which are the ones that OSEDiff's code trains in effect.
+        optimizer: Optimiser of the generator.
+        reg_optimizer: Optimiser of the regulariser.
+        lr_scheduler: Learning-rate scheduler of the generator, stepped once an update.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         scale: Super-resolution factor.
-        inference: How images are restored and scored.
+        inference: Settings of restoration and scoring.
         seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
-        losses: Image losses added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
+        losses: Image losses that are added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
         losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
     """
 
@@ -171,26 +171,26 @@ class F2IDiffSR(RestorationModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.generator: UNetDenoiser | None = None
         self.prior: UNetDenoiser | None = None
-        self._spare: list[UNet2DConditionModel] = []  # the U-Net once more, for the prior: its file is read once
+        self._spare: list[UNet2DConditionModel] = []  # a second U-Net for the prior, so that its file is read once
         self.image_loss: ImageLoss | None = None
 
     # Networks
 
     def configure_networks(self) -> None:
-        """Generator and condition."""
+        """Build generator and condition."""
         schedule = NoiseSchedule(load_schedule_config(self.pretrained, expect="epsilon"))
         last = schedule.num_timesteps - 1
         if not 0 <= self.timestep <= last:
             raise ValueError(f"timestep={self.timestep} is out of range; set 0 .. {last}")
         if not 0 <= self.vsd_timesteps[0] <= self.vsd_timesteps[1] <= last:
             raise ValueError(
-                f"vsd_timesteps={list(self.vsd_timesteps)} are no range; set two within 0 .. {last}, ascending"
+                f"vsd_timesteps={list(self.vsd_timesteps)} are not a range; set two within 0 .. {last}, ascending"
             )
         self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
         targets = vae_encoder_targets(self.codec.vae)
         add_lora(self.codec.vae, self.lora_rank, self.lora_alpha, targets, seed=self.seed)
         opened = self._open_unet()
-        if opened.state:  # too large for this stage's checkpoint, which keeps the digest
+        if opened.state:  # too large for this stage's checkpoint, which holds its digest
             self.stages["foundation"] = Stage(resolved(str(self.foundation)), digest(opened.state), {}, {})
         unet = opened.unet
         self._spare = [copy.deepcopy(unet)] if self.lambda_vsd and self.builds_training() else []
@@ -205,11 +205,11 @@ class F2IDiffSR(RestorationModule):
             check_frozen(opened, here, str(self.foundation), names)
 
     def configure_training(self) -> None:
-        """Prior and perceptual loss."""
+        """Build prior and perceptual loss."""
         assert self.generator is not None
         if self.lambda_vsd:
-            # teacher and regulariser are one base: the adapter off and on. The generator's own conv_in is trained, so
-            # its base is another
+            # teacher and regulariser share one base, with the adapter off and on. The generator has a base of its own,
+            # since its conv_in is trained
             base = self._spare.pop() if self._spare else self._open_unet().unet
             targets = OSEDIFF_TARGETS if self.reg_targets == "all" else targets_in(base, self.reg_targets)
             add_lora(base, self.lora_rank, self.lora_alpha, targets, seed=self.seed + 1)
@@ -255,29 +255,29 @@ class F2IDiffSR(RestorationModule):
         return {name: network for name, network in networks.items() if network is not None}
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, and the text encoder."""
+        """Rows of the networks and of the text encoder."""
         texts = [text_encoder_row(self.text_encoder)] if self.kind == "text" else []
         return [*super().parameter_rows(), *texts]
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
-        """What this configuration trains."""
+        """Name patterns of this configuration's trained parameters."""
         generator = self.trainable["generator"]
         patterns = {"generator": generator if self.train_conv_in else generator[:-1]}
         return patterns | ({"regulariser": self.trainable["regulariser"]} if self.lambda_vsd else {})
 
     def wants_prompts(self) -> str | None:
-        """The condition `text` does."""
+        """Name the option if the condition is `text`."""
         return "condition=text" if self.kind == "text" else None
 
     def configure_optimizers(self) -> Any:
-        """One each."""
+        """One optimiser for the generator, one for the regulariser."""
         optimizers = [self.optimizer(self.trainable_parameters("generator"))]
         if self.lambda_vsd:
             optimizers.append(self.reg_optimizer(self.trainable_parameters("regulariser")))
         schedulers = [self.lr_scheduler(optimizers[0])] if self.lr_scheduler is not None else []
         return optimizers, schedulers
 
-    # The generator: one step, no noise anywhere
+    # The generator: one step without noise
 
     def generate(self, x_up: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """z_L = E(x_up), z_hat = (z_L - sqrt(1 - abar) eps) / sqrt(abar) at T, x_hat = D(z_hat) clamped to [-1,1].
@@ -294,13 +294,13 @@ class F2IDiffSR(RestorationModule):
         return z_hat, self.codec.decode(z_hat).clamp(-1, 1)
 
     def prepare(self, x_lq: Tensor, prompts: list[str]) -> Tensor | None:
-        """The given text belongs to the whole image; features and captions are made tile by tile: None."""
+        """Embedding of the whole image's given text; None for features and captions, which are made for each tile."""
         if self.kind == "features" or self.captioner is not None:
             return None
         return self.condition(x_lq, prompts)
 
     def restore(self, x_lq: Tensor, conditions: Tensor | None) -> Tensor:
-        """One U-Net call between one encoding and one decoding, told of this very tile."""
+        """One encoding, one U-Net call with the condition of this tile, one decoding."""
         x_up = bicubic_upsample(x_lq, self.scale)
         c = self.condition(x_up, []) if conditions is None else conditions
         return to_01(self.generate(x_up, c)[1])

@@ -1,4 +1,4 @@
-"""A base model as it is, and its own training: what RFSR starts from and is compared with."""
+"""A base model and its own training. RFSR starts from it and is compared with it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class BaseSR(RestorationModule):
         prompt_dropout: Share of training samples whose text is empty.
         weight_limit: Weigh training samples by (1 - abar) / abar, so that errors count as they do in z_0, up to this
             weight; null weighs all alike.
-        optimizer: Of what is trained.
-        lr_scheduler: Of the optimiser, stepped once an update.
+        optimizer: Optimiser of the trained parameters.
+        lr_scheduler: Learning-rate scheduler, stepped once an update.
         **kwargs: As for every method: `scale`, `inference`, `seed` (at test time every image is given the same noise),
             `ema_decay`, `clip`, `accumulate`, `losses`, `losses_weights`.
     """
@@ -59,7 +59,7 @@ class BaseSR(RestorationModule):
     # Networks
 
     def configure_networks(self) -> None:
-        """The base."""
+        """Load the base and mark the trained parameters."""
         self.base.configure(self.seed)
         self.adapt()
         levels = len(self.base.unet.config.block_out_channels)
@@ -68,29 +68,29 @@ class BaseSR(RestorationModule):
             parameter.requires_grad_(True)
 
     def adapt(self) -> None:
-        """Change the networks before it is asked what is trained; nothing here."""
+        """Change the networks before the trained parameters are chosen; a plain base changes nothing."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The base's networks."""
         return {"U-Net": self.base.unet, "ControlNet": self.base.controlnet, "VAE": self.base.codec}
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, and what makes their conditions."""
+        """Rows of the networks and of the text encoder."""
         return [*super().parameter_rows(), *self.base.rows()]
 
     def wants_prompts(self) -> str | None:
-        """Some samples keep their text."""
+        """Name the option by which samples keep their text."""
         wanted = self.base.text_source == "data" and self.prompt_dropout < 1
         return f"prompt_dropout={self.prompt_dropout}" if wanted else None
 
     def configure_optimizers(self) -> Any:
-        """One for all that is trained."""
+        """One optimiser for all trained parameters."""
         optimizer = self.optimizer(self.trainable_parameters("generator"))
         schedulers = [self.lr_scheduler(optimizer)] if self.lr_scheduler is not None else []
         return [optimizer], schedulers
 
     def export(self, folder: str | Path) -> None:
-        """Write U-Net and ControlNet, both as they are now, in diffusers' layout; adapters are merged."""
+        """Write the current U-Net and ControlNet in diffusers' layout; adapters are merged."""
         for name, network in (("unet", self.base.unet), ("controlnet", self.base.controlnet)):
             if adapter_names(network):
                 merge(network)
@@ -105,13 +105,13 @@ class BaseSR(RestorationModule):
     # Inference
 
     def prepare(self, x_lq: Tensor, prompts: list[str]) -> Description:
-        """Texts and image tokens belong to the whole image."""
+        """Embeddings of the texts, and the image tokens, of whole images."""
         texts, e_img = self.base.look(x_lq, prompts)
         suffix = self.base.prompt_suffix
         return self.base.describe([", ".join(filter(None, (text, suffix))) for text in texts], e_img, x_lq.device)
 
     def restore(self, x_lq: Tensor, conditions: Description) -> Tensor:
-        """All steps of the base's sampler; the noise is the same for every image and tile."""
+        """Run all steps of the base's sampler; the noise is the same for every image and tile."""
         c = self.base.see(x_lq, self.scale, conditions)
         size = c.z_lq.shape[1:]
         noise = torch.randn(size, generator=generator(self.seed, "test/start", 0), device="cpu")
@@ -149,10 +149,10 @@ class BaseSR(RestorationModule):
         return (sigma / signal).square().clamp(max=self.weight_limit)
 
     def see(self, x_lq: Tensor, texts: list[str], e_img: Tensor | None = None) -> Conditions:
-        """Conditions of training crops, which are whole images there."""
+        """Conditions of training crops, each of which counts as a whole image."""
         return self.base.see(x_lq, self.scale, self.base.describe(texts, e_img, x_lq.device))
 
     def dropped(self, texts: list[str], draws: Draws) -> list[str]:
-        """Some of the texts made empty."""
+        """The texts, of which a share `prompt_dropout` is made empty."""
         drop = draws.uniform("condition") < self.prompt_dropout
         return ["" if gone else text for gone, text in zip(drop, texts, strict=True)]

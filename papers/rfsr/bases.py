@@ -1,4 +1,4 @@
-"""The multi-step models that RFSR trains on, behind one small interface; DiffBIR v1 and PASD would be two more.
+"""The multi-step models that RFSR trains, behind one small interface. DiffBIR v1 and PASD are not implemented.
 
 B batch, C latent channels, h w latent sides, S steps.
 """
@@ -32,7 +32,7 @@ from papers.rfsr.tags import Seen, Tagger, Untagged
 
 
 class Description(NamedTuple):
-    """What is decided for a whole image: text tokens (B,N,D), those of the negative prompt, and image tokens."""
+    """Conditions of a whole image: its text tokens (B,N,D), the negative prompt's text tokens, and image tokens."""
 
     e_txt: Tensor
     e_neg: Tensor
@@ -40,7 +40,7 @@ class Description(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """All that one tile's denoising depends on: its latents z_lq (B,C,h,w), the ControlNet's input, the texts."""
+    """Conditions of one tile: its latents z_lq (B,C,h,w), the ControlNet's input, and the whole image's conditions."""
 
     z_lq: Tensor
     control: Tensor
@@ -56,16 +56,16 @@ class Base(nn.Module, ABC):
         pretrained: VAE, text encoder and noise schedule: hub id, diffusers folder, `tiny` or `random:<architecture>`.
         networks: Folder with `unet` and `controlnet` in diffusers layout, or as `pretrained`; null for `pretrained`.
         sampler: `ddpm` (ancestral), `ddim` or `unipc`.
-        steps: S.
-        spacing: How the sampler's timesteps are spread.
-        cfg_scale: Guidance at test time; 1 saves one of two calls.
-        prompt_suffix: Added to every image's text at test time.
-        negative_prompt: What guidance leads away from.
+        steps: Number of sampling steps, S.
+        spacing: Spacing of the sampler's timesteps.
+        cfg_scale: Guidance scale at test time; 1 saves one of two calls.
+        prompt_suffix: Text that is added to every image's text at test time.
+        negative_prompt: Text of the negative branch of guidance.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
     """
 
     trained: ClassVar[tuple[str, ...]]
-    """Name patterns of what the base's own authors trained."""
+    """Name patterns of the parameters that the base's authors trained."""
 
     def __init__(
         self,
@@ -87,18 +87,18 @@ class Base(nn.Module, ABC):
 
     @property
     def text_source(self) -> Literal["data", "tagger", "none"]:
-        """Who says what an image shows."""
+        """Source of an image's text."""
         return "data"
 
-    # What a base must say
+    # Methods of each base
 
     @abstractmethod
     def load_networks(self) -> tuple[Any, Any]:
-        """Its U-Net and ControlNet, on the meta device within `architecture_only()`."""
+        """Load the U-Net and the ControlNet, on the meta device within `architecture_only()`."""
 
     @abstractmethod
     def control(self, x_up: Tensor, z_lq: Tensor) -> Tensor:
-        """What its ControlNet looks at, made of the enlarged images (B,3,H,W) in [0,1] and their latents."""
+        """The ControlNet's input, made from the enlarged images (B,3,H,W) in [0,1] and their latents."""
 
     @abstractmethod
     def residuals(self, z_t: Tensor, t: int | Tensor, c: Conditions) -> Residuals:
@@ -106,16 +106,16 @@ class Base(nn.Module, ABC):
 
     @abstractmethod
     def denoise(self, z_t: Tensor, t: int | Tensor, c: Conditions, residuals: Residuals) -> Tensor:
-        """Run the U-Net: eps, (B,C,h,w), float32 at least."""
+        """Run the U-Net; returns eps, (B,C,h,w), float32 at least."""
 
     def look(self, x_lq: Tensor, prompts: list[str]) -> Seen:
-        """What there is to say of whole images, (B,3,h,w) in [0,1], that come with a text each; default: that text."""
+        """Texts and image tokens of whole images, (B,3,h,w) in [0,1]; by default, the given texts and no tokens."""
         return Seen(prompts, None)
 
-    # What they share
+    # Methods that all bases share
 
     def configure(self, seed: int = 0) -> None:
-        """Load everything.
+        """Load the networks, the noise schedule and the codec.
 
         Args:
             seed: Random seed of networks that a run trains from scratch.
@@ -131,7 +131,7 @@ class Base(nn.Module, ABC):
             self.controlnet.enable_gradient_checkpointing()
 
     def rows(self) -> list[Row]:
-        """For `isr parameters`: what only makes conditions."""
+        """Rows of `isr parameters` for networks that only make conditions."""
         return [text_encoder_row(self.pretrained)]
 
     def sampler(self) -> Any:
@@ -139,7 +139,7 @@ class Base(nn.Module, ABC):
         return make_sampler(self.config, self.kind, self.steps, self.spacing)
 
     def see(self, x_lq: Tensor, scale: int, description: Description) -> Conditions:
-        """Conditions of tiles (B,3,h,w) in [0,1]: z_lq = E(bicubic x_lq), and what the ControlNet looks at."""
+        """Conditions of tiles (B,3,h,w) in [0,1]: z_lq = E(bicubic x_lq), and the ControlNet's input."""
         x_up = bicubic_upsample(x_lq, scale)
         z_lq = self.codec.encode(to_pm1(x_up))
         return Conditions(z_lq, self.control(x_up, z_lq), description)
@@ -161,8 +161,8 @@ class Base(nn.Module, ABC):
             z_t: Noisy latents, (B,C,h,w).
             t: Timestep.
             c: Conditions.
-            cfg_scale: s.
-            controls: Of another ControlNet, instead of `controls` of these arguments.
+            cfg_scale: Guidance scale, s.
+            controls: Outputs of another ControlNet, in the place of this one's.
 
         Returns:
             eps, (B,C,h,w), float32 at least.
@@ -192,11 +192,11 @@ class SeeSR(Base):
     Args:
         pretrained: VAE, text encoder and noise schedule.
         networks: Folder with the authors' `unet` and `controlnet`, or `random:seesr`.
-        tagger: Who makes tags and image tokens of low-quality images; null for `networks: random:...` only.
-        architecture: That `isr parameters` counts while `networks` are not here.
-        cfg_scale: Guidance at test time.
-        prompt_suffix: Added to every image's tags at test time.
-        negative_prompt: What guidance leads away from.
+        tagger: Source of tags and image tokens of low-quality images; null for `networks: random:...` only.
+        architecture: Architecture that `isr parameters` counts if `networks` are not on this machine.
+        cfg_scale: Guidance scale at test time.
+        prompt_suffix: Text that is added to every image's tags at test time.
+        negative_prompt: Text of the negative branch of guidance.
         **kwargs: As for every base: `sampler`, `steps`, `spacing`, `gradient_checkpointing`.
     """
 
@@ -225,11 +225,11 @@ class SeeSR(Base):
 
     @property
     def text_source(self) -> Literal["data", "tagger", "none"]:
-        """The tagger, where it says anything."""
+        """`tagger`, or `none` without one or with `Untagged`."""
         return "none" if self.tagger is None or isinstance(self.tagger, Untagged) else "tagger"
 
     def load_networks(self) -> tuple[SeeSRUNet, SeeSRControlNet]:
-        """The authors' checkpoint by its own names.
+        """Load the authors' checkpoint by its own names.
 
         Raises:
             ValueError: There is no tagger for networks that were trained with one.
@@ -244,7 +244,7 @@ class SeeSR(Base):
         return unet, load_diffusers_model(SeeSRControlNet, source, "controlnet")
 
     def look(self, x_lq: Tensor, prompts: list[str]) -> Seen:
-        """Given texts go before the tagger's tags; the image tokens are the tagger's always."""
+        """Texts and image tokens. A given text replaces the tagger's tags; image tokens are always the tagger's."""
         tagger = self.tagger or Untagged(width=self.unet.config.image_cross_attention_dim)
         tags, e_img = tagger(x_lq)
         texts = [given or seen for given, seen in zip(prompts, tags, strict=True)]
@@ -277,7 +277,7 @@ class ControlNet(Base):
         networks: Folder with `unet` and `controlnet`; null for `pretrained`.
         grow: Start from a new ControlNet, made of the U-Net's weights, instead of loading one.
         sampler: `ddpm` (ancestral), `ddim` or `unipc`.
-        steps: S.
+        steps: Number of sampling steps, S.
         **kwargs: As for every base: `spacing`, `cfg_scale`, `prompt_suffix`, `negative_prompt`,
             `gradient_checkpointing`.
     """
@@ -297,11 +297,11 @@ class ControlNet(Base):
         self.grow = grow
 
     def load_networks(self) -> tuple[UNet2DConditionModel, ControlNetModel]:
-        """A pair of diffusers' own classes."""
+        """Load the pair in diffusers' own classes."""
         unet = load_unet(self.networks)
         if not self.grow:
             return unet, load_diffusers_model(ControlNetModel, self.networks, "controlnet")
-        with drawing_weights(self.seed):  # the embedding of the control, all that is not the U-Net's
+        with drawing_weights(self.seed):  # the control's embedding; other weights are the U-Net's
             width = unet.config.block_out_channels[0]
             controlnet = ControlNetModel.from_unet(
                 unet,
@@ -312,7 +312,7 @@ class ControlNet(Base):
         return unet, controlnet.to(unet.device).requires_grad_(False).eval()
 
     def control(self, x_up: Tensor, z_lq: Tensor) -> Tensor:
-        """The latents, of the noisy ones' size."""
+        """The low-quality latents, which have the size of the noisy latents."""
         return z_lq
 
     def residuals(self, z_t: Tensor, t: int | Tensor, c: Conditions) -> Residuals:

@@ -1,4 +1,4 @@
-"""What reward training has done to images: the reward they gained, and how far their style went from the base's."""
+"""A figure of reward training's effect on images: gain in reward over drift of style from the base's images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def plot_drift(path: Path, rows: Sequence[Mapping[str, Any]], reward: str) -> No
     """Draw each image's gain in a reward over its Gram distance to the base's image.
 
     Args:
-        path: Target, a PNG.
-        rows: One an image, with columns `gram`, the reward's name, and that with `_base`.
+        path: PNG to write.
+        rows: One row for each image, with the columns `gram`, the reward's name, and that name with `_base`.
         reward: Name of the reward.
     """
     from matplotlib.figure import Figure

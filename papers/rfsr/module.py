@@ -1,6 +1,6 @@
-"""RFSR: a multi-step model trained on by rewards (arXiv:2412.03268, section 3; its rollout is of arXiv:2304.05977).
+"""RFSR: further training of a multi-step model by rewards (arXiv:2412.03268, section 3; rollout: arXiv:2304.05977).
 
-`configs/seesr.yaml` is the paper's run, `README.md` the card. At test time it is its base, unchanged.
+`configs/seesr.yaml` is the paper's run, `README.md` the card. At test time RFSR samples as its base does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from papers.rfsr.sampling import advance, bands, trained_steps
 log = logging.getLogger(__name__)
 
 HINGE = 2.0
-"""ReFL's: a reward above it is good enough. CLIP-IQA never reaches it."""
+"""ReFL's margin: a reward above it has no loss. CLIP-IQA never reaches it."""
 
 
 class Start(nn.Module):
@@ -45,7 +45,7 @@ class Start(nn.Module):
     Parameters and not buffers, which DDP would broadcast at every step.
 
     Args:
-        parameters: What is trained, by name, at its starting values.
+        parameters: Trained parameters by name, at their starting values.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -67,10 +67,10 @@ class Start(nn.Module):
 
 
 def _trainable_by(reward: Reward) -> Reward:
-    """A reward that a single image can be trained on by its gradient.
+    """The reward, after a check that it has a gradient and needs no reference image.
 
     Raises:
-        ValueError: It has none, or compares with a reference.
+        ValueError: The reward has no gradient, or compares with a reference.
     """
     if not reward.differentiable or reward.referenced:
         why = "compares with a reference" if reward.referenced else "has no gradient in the image"
@@ -79,44 +79,44 @@ def _trainable_by(reward: Reward) -> Reward:
 
 
 class Reference(NamedTuple):
-    """The output of theta' at the same z_t: its noise, and for `gram` the image of it, (B,3,H,W) in [0,1]."""
+    """The output of theta' at the same z_t: its noise, and for `gram` its image, (B,3,H,W) in [0,1]."""
 
     eps: Tensor
     x_01: Tensor | None
 
 
 class RFSR(BaseSR):
-    """Reward feedback on one random step of the base's sampler: early ones by the wavelet loss, late ones by rewards.
+    """Reward feedback on one random step of the base's sampler: a wavelet loss at early steps, rewards at late steps.
 
     Args:
-        base: The model that is trained on.
-        trained: What is trained of it: the ControlNet and what the base's authors trained in the U-Net
+        base: Base model, which is trained further.
+        trained: Trained parameters: the ControlNet and those that the base's authors trained in the U-Net
             (`base_trained`), or ControlNet and U-Net (`full`).
-        t_early_min: Steps at this timestep and above are early ones.
-        t_late_max: Steps at this timestep and below are late ones.
-        rollout: How a step's input is reached: by the steps before it (`sampler`), or not at all (`none`: the start
-            latents under the step's label, as in the released code).
-        train_cfg_scale: Guidance in training; 1 is none.
-        early_loss: Of early steps: L1 in the low band (`dwt`), of pixels (`l1`), or `none`.
-        wavelet: Of that band: one level of `haar` (the paper), or the released code's `dtcwt3`.
+        t_early_min: Lowest timestep of the early steps.
+        t_late_max: Highest timestep of the late steps.
+        rollout: Source of a step's input: the steps before it (`sampler`), or the start latents under the step's label
+            (`none`, as in the released code).
+        train_cfg_scale: Guidance scale in training; 1 is no guidance.
+        early_loss: Loss of early steps: L1 in the low band (`dwt`), L1 of pixels (`l1`), or `none`.
+        wavelet: Transform of the low band: one level of `haar` (the paper), or the released code's `dtcwt3`.
         lambda_dwt: Weight of the early loss.
         rewards: Weight of each reward of the late steps, by name; see `common.rewards.build_reward`.
         reward_args: Further arguments of a reward, by its name, e.g. {imagereward: {weights: ImageReward.pt}}.
-        reward_prompt: Whether rewards read the text that the generator may have lost (`kept`), or the `same`.
-        regulariser: What holds late steps to the base: Gram matrices (`gram`), noise (`kl`), adapters in the place of
-            weights (`lora`), or `none`.
+        reward_prompt: Text that rewards read: the text before `prompt_dropout` (`kept`), or the generator's (`same`).
+        regulariser: Term that keeps late steps near the base: Gram matrices (`gram`), noise (`kl`), adapters in the
+            place of weights (`lora`), or `none`.
         lambda_r: Weight of `gram` or `kl`.
-        gram_features: Features whose Gram matrices are compared: `plain`, or `layernorm` as in the released code, which
-            needs a much larger `lambda_r`.
-        gram_distance: Of two of them: `sq_frobenius` (Eq. 6) or the released code's `l1_mean`.
-        gram_weights: Of VGG19: `pretrained`, `random` or a file.
-        gram_width: Factor on its channels, for `random` only.
-        reference: theta': the whole base as it was (`full`), or its U-Net told by the trained ControlNet
+        gram_features: Features of the Gram matrices: `plain`, or `layernorm` as in the released code, which needs a
+            much larger `lambda_r`.
+        gram_distance: Distance of two Gram matrices: `sq_frobenius` (Eq. 6) or the released code's `l1_mean`.
+        gram_weights: Weights of VGG19: `pretrained`, `random` or a file.
+        gram_width: Factor on VGG19's channels, for `random` only.
+        reference: theta': the whole untouched base (`full`), or its U-Net with the trained ControlNet
             (`shared_control`).
-        lora_rank: Of `regulariser: lora`.
+        lora_rank: Rank of the adapters of `regulariser: lora`.
         measure_drift: Test also with theta', and write both images' rewards and their Gram distance.
-        ema_decay: Decay of the average of the trained weights, which starts at the base's; null for none.
-        **kwargs: As for `BaseSR`, less `weight_limit`; only the generator loses texts to `prompt_dropout`.
+        ema_decay: Decay of the average of the trained weights, which starts at the base's weights; null for none.
+        **kwargs: As for `BaseSR`, without `weight_limit`; `prompt_dropout` acts on the generator's texts only.
     """
 
     trainable: ClassVar = {"generator": ("base.controlnet.*", "base.unet.*")}
@@ -165,20 +165,20 @@ class RFSR(BaseSR):
         if ema_decay is not None:
             self.ema = EMA(ema_decay, warmup=False)
         self.start, self.rewards = Start({}), nn.ModuleDict()
-        self._is_loaded = False  # weights of a checkpoint have taken the place of the base's
-        self._given_start: list[Tensor] | None = None  # theta' of a run (--init_from) in the place of the base's
+        self._is_loaded = False  # true once a checkpoint's weights have replaced the base's
+        self._given_start: list[Tensor] | None = None  # theta' of a run (--init_from), if it is not the base's
         self.gram: GramKL | None = None
         self._drifts: list[dict[str, Any]] = []
 
     # Networks
 
     def builds_training(self) -> bool:
-        """Also for a test that measures the drift."""
+        """True for a fit, and for a test that measures the drift."""
         tested = self._trainer is not None and self.trainer.state.fn == "test"
         return super().builds_training() or (self.measure_drift and tested)
 
     def configure_training(self) -> None:
-        """Starting values as theta', and the networks of the losses."""
+        """Keep the starting values as theta', and build the networks of the losses."""
         self.steps = trained_steps(self.base.timesteps, self.t_early_min, self.t_late_max)
         self.start = Start(self._untouched() if self.keeps_start else {})
         self._take_start()
@@ -190,7 +190,7 @@ class RFSR(BaseSR):
         )
 
     def _untouched(self) -> dict[str, nn.Parameter]:
-        """What is trained, as the base has it: read once more where a checkpoint has been loaded over it."""
+        """The base's values of the trained parameters, read again if a checkpoint has replaced them."""
         trained = self.all_trainable()
         if not self._is_loaded:
             return trained
@@ -200,7 +200,7 @@ class RFSR(BaseSR):
         return {name: named[name] for name in trained}
 
     def _take_start(self) -> None:
-        """Make a run's theta', where one is given, the starting values."""
+        """Make the given run's theta', if there is one, the starting values."""
         if self._given_start is not None:
             for value, given in zip(self.start.values, self._given_start, strict=True):
                 value.data.copy_(given)
@@ -213,11 +213,11 @@ class RFSR(BaseSR):
 
     @property
     def keeps_start(self) -> bool:
-        """Whether theta' is kept beside theta; an adapter's base is theta' already."""
+        """True if theta' is kept beside theta; an adapter's base already is theta'."""
         return self.regulariser != "lora" and (self.regulariser != "none" or self.measure_drift)
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
-        """What this configuration trains."""
+        """Name patterns of this configuration's trained parameters."""
         if self.regulariser == "lora":
             return {"generator": ("base.controlnet.*lora_*", "base.unet.*lora_*")}
         if self.trained == "full":
@@ -225,14 +225,14 @@ class RFSR(BaseSR):
         return {"generator": tuple(f"base.{pattern}" for pattern in self.base.trained)}
 
     def networks(self) -> dict[str, nn.Module]:
-        """The base's networks, and those of the losses."""
+        """Networks of the base and of the losses."""
         losses: dict[str, Any] = {
             f"reward {name}": reward for name, reward in self.rewards.items() if any(True for _ in reward.parameters())
         }
         return {**super().networks(), **losses, **({"loss network (VGG19)": self.gram} if self.gram else {})}
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, theta', and what makes conditions."""
+        """Rows of the networks, of theta', and of the text encoder."""
         kept = sum(value.numel() for value in self.start.values)
         return [
             *super().parameter_rows(),
@@ -240,7 +240,7 @@ class RFSR(BaseSR):
         ]
 
     def on_fit_start(self) -> None:
-        """Fetch now what the first late step would fetch; the average starts at the weights that training starts at."""
+        """Fetch the rewards' weights before the first step, and start the average at the starting weights."""
         super().on_fit_start()
         if self.ema is not None and not self.ema.average:
             self.ema.start(self.all_trainable())
@@ -249,7 +249,7 @@ class RFSR(BaseSR):
             if reward.prompted and self.base.text_source == "none" and not self._has_prompts("train"):
                 log.warning(
                     "rewards=%s scores every image for the empty text: base.tagger gives no tags and no training image "
-                    "has a prompt; give papers.rfsr.TagFiles or data.prompts, or leave this reward out",
+                    "has a prompt. Set base.tagger to papers.rfsr.TagFiles, or data.prompts, or leave this reward out.",
                     reward.name,
                 )
             elif reward.prompted and self.base.text_source == "data":
@@ -257,7 +257,7 @@ class RFSR(BaseSR):
             reward.load(self.device)
 
     def start_from(self, path: str | Path) -> None:
-        """Start a fit from a checkpoint's trained weights; theta' is that checkpoint's: of a base its own weights."""
+        """Start a fit from a checkpoint's trained weights. theta' is that checkpoint's; of a base, its own weights."""
         super().start_from(path)
         checkpoint = read_checkpoint(path)
         is_base = str(checkpoint["hyper_parameters"].get("_class_path")).endswith(".BaseSR")
@@ -267,13 +267,13 @@ class RFSR(BaseSR):
             self._given_start = list(self.start.values) if self._given_start is not None else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep theta' where `base` does not give it again."""
+        """Save theta' if `base` does not hold it."""
         super().on_save_checkpoint(checkpoint)
         if self._given_start is not None:
             checkpoint["start"] = [value.detach() for value in self.start.values]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take theta' from the checkpoint where it is there."""
+        """Take theta' from the checkpoint if it is there."""
         super().on_load_checkpoint(checkpoint)
         self._is_loaded, self._given_start = True, checkpoint.get("start")
         if len(self.start.values):
@@ -282,7 +282,7 @@ class RFSR(BaseSR):
     # Training
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Section 3.5: roll out to a random step without a graph, take that one step with one, and score its image."""
+        """Section 3.5: roll out to a random step without a graph, take that step with a graph, and score its image."""
         draws, st = self.draws(batch), self.draw_step()
         t = self.base.timesteps[st - 1]
         which = bands(t, self.t_early_min, self.t_late_max)
@@ -311,7 +311,7 @@ class RFSR(BaseSR):
             self.log(f"train/grad_norm_{band}", self._grad_norm)
 
     def draw_step(self) -> int:
-        """One of the trained steps for all batches and processes of an update: their rollouts are of one length."""
+        """Draw one trained step for all batches and processes of an update, so that their rollouts have one length."""
         chosen = torch.randint(
             len(self.steps), (), generator=generator(self.seed, "st", self.update_step), device="cpu"
         )
@@ -333,7 +333,7 @@ class RFSR(BaseSR):
         return to_01(self.base.codec.decode(self.base.schedule.x0_from_eps(z_t, eps, t))).clamp(0, 1)
 
     def reference(self, z_t: Tensor, t: int, c: Conditions) -> Reference:
-        """The same step by theta', from the same z_t and conditions."""
+        """Output of theta' for the same step, from the same z_t and conditions."""
         shared = self.reference_kind == "shared_control"
         controls = self.base.controls(z_t, t, c, self.train_cfg_scale) if shared else None
         with self.as_it_was():
@@ -342,7 +342,7 @@ class RFSR(BaseSR):
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
-        """Within this context the networks are theta', the untouched base; for forward passes without a graph."""
+        """A context in which the networks are theta', the untouched base; for forward passes without a graph."""
         if self.regulariser == "lora":
             with without_adapters(self.base.unet), without_adapters(self.base.controlnet):
                 yield
@@ -376,10 +376,10 @@ class RFSR(BaseSR):
         self.log(f"train/{self.regulariser}", loss.detach())
         return loss
 
-    # Drift: what training has done to each test image
+    # Drift: training's effect on each test image
 
     def tested(self, batch: Batch, conditions: Description, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
-        """With `measure_drift` compare a restored batch with theta' of the same noise."""
+        """With `measure_drift`, compare a restored batch with that of theta' from the same noise."""
         if not self.measure_drift:
             return
         assert self.gram is not None
@@ -395,7 +395,7 @@ class RFSR(BaseSR):
             self._drifts.append({"dataset": csv_text(dataset), "image": csv_text(image)} | numbers)
 
     def on_test_epoch_end(self) -> None:
-        """Write the drifts beside the scores: `drift.csv` and a figure."""
+        """Write the drifts next to the scores: `drift.csv` and a figure."""
         drifts, self._drifts = self.gathered(self._drifts), []
         path = self._results() / "test" / "drift.csv"
         if drifts and self.trainer.is_global_zero:

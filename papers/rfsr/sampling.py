@@ -1,4 +1,4 @@
-"""Samplers of the base models, diffusers' own, and which of their steps are trained (RFSR, sections 3.3 and 4.1).
+"""Samplers of the base models, from diffusers, and the choice of the trained steps (RFSR, sections 3.3 and 4.1).
 
 Steps are numbered 1 .. S as in the paper; step st works at `timesteps[st - 1]`.
 """
@@ -20,14 +20,14 @@ _CLASSES: dict[str, Any] = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "unipc
 
 
 def make_sampler(config: Mapping[str, Any], kind: Sampler, steps: int, spacing: Spacing = "leading") -> Any:
-    """A sampler at its first step; UniPC's remembers its steps, so make one for each run.
+    """Make a sampler at its first step. UniPC's sampler keeps its past steps, so make one for each run.
 
     Args:
-        config: The noise schedule's, as in `scheduler_config.json`.
+        config: Settings of the noise schedule, as in `scheduler_config.json`.
         kind: `ddpm` (ancestral), `ddim` (eta 0) or `unipc` (order 2).
-        steps: S.
-        spacing: How timesteps are spread; `leading` has an offset of 1 as in Stable Diffusion. UniPC's, in diffusers,
-            is of T // (S + 1): take `linspace` there, as PASD does.
+        steps: Number of sampling steps, S.
+        spacing: Spacing of the timesteps; `leading` has an offset of 1 as in Stable Diffusion. UniPC's `leading`, in
+            diffusers, is T // (S + 1): use `linspace` there, as PASD does.
 
     Returns:
         The scheduler of diffusers.
@@ -38,7 +38,7 @@ def make_sampler(config: Mapping[str, Any], kind: Sampler, steps: int, spacing: 
     length = config["num_train_timesteps"]
     if not 1 <= steps <= length:
         raise ValueError(f"steps={steps} is out of range; set 1 .. {length}")
-    if spacing == "leading" and length % steps:  # diffusers would take other steps than it names
+    if spacing == "leading" and length % steps:  # diffusers would not take the steps that it names
         raise ValueError(f"steps={steps} does not divide {length}; choose one that does, or spacing: linspace")
     known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     settings = {key: config[key] for key in known if key in config} | {"timestep_spacing": spacing, "steps_offset": 1}
@@ -59,7 +59,7 @@ def advance(sampler: Any, eps: Tensor, t: int, z: Tensor, generators: Sequence[t
 
 
 def bands(t: int, early_min: int, late_max: int) -> tuple[Band, ...]:
-    """Which losses a timestep has: `early` from `early_min` on, `late` up to `late_max`; both where they overlap."""
+    """Losses of a timestep: `early` from `early_min` on, `late` up to `late_max`; both where the bands overlap."""
     early: tuple[Band, ...] = ("early",) if t >= early_min else ()
     late: tuple[Band, ...] = ("late",) if t <= late_max else ()
     return early + late

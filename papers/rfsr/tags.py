@@ -1,6 +1,6 @@
-"""What SeeSR is told of an image: tags, and DAPE's tokens of it (SeeSR, arXiv:2311.16518, section 3.2).
+"""Conditions of SeeSR: an image's tags and its tokens from DAPE (SeeSR, arXiv:2311.16518, section 3.2).
 
-DAPE (RAM's Swin-L with LoRA) is not part of this repository: its answers come from files, or from a class of yours.
+DAPE (RAM's Swin-L with LoRA) is not part of this repository: its outputs come from files or from a class of yours.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from common.metrics import to_uint8
 
 
 class Seen(NamedTuple):
-    """Texts of B images, such as comma-separated tags, and image tokens, (B,N,E), where there are any."""
+    """Texts of B images, such as comma-separated tags, and image tokens, (B,N,E), or None."""
 
     texts: list[str]
     e_img: Tensor | None
 
 
 class Tagger(ABC):
-    """Anything that looks at low-quality images; derive from it to run DAPE itself."""
+    """Interface of a tagger of low-quality images; derive from it to run DAPE."""
 
     @abstractmethod
     def __call__(self, x_lq: Tensor) -> Seen:
-        """Look at whole images, (B,3,h,w), [0,1], before they are enlarged: tags, and tokens (DAPE's are 145 x 512)."""
+        """Tags and tokens (DAPE's are 145 x 512) of whole images, (B,3,h,w), [0,1], before they are enlarged."""
 
 
 class TagFiles(Tagger):
-    """Tags and tokens from a folder, one file an image, named by `fingerprint` and written by `write_tags`.
+    """Tags and tokens from a folder: one file for each image, named by `fingerprint` and written by `write_tags`.
 
-    For training, write them of the crops that the run will see: low-quality images that were made beforehand.
+    For training, write them for the low-quality crops of the run, which must be made beforehand.
 
     Args:
-        folder: The files' folder.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
     def __call__(self, x_lq: Tensor) -> Seen:
-        """Find the files of these images.
+        """Read the files of these images.
 
         Raises:
-            FileNotFoundError: An image has none.
+            FileNotFoundError: An image has no file.
         """
         tags, tokens = [], []
         for name in map(fingerprint, x_lq):
@@ -59,7 +59,7 @@ class TagFiles(Tagger):
             if not path.is_file():
                 raise FileNotFoundError(
                     f"tagger.folder={self.folder} has no {path.name} for an image of {x_lq.shape[-1]} x "
-                    f"{x_lq.shape[-2]} px; write DAPE's answers for these images with papers.rfsr.write_tags"
+                    f"{x_lq.shape[-2]} px; write DAPE's outputs for these images with papers.rfsr.write_tags"
                 )
             with safe_open(path, "pt") as file:
                 tokens.append(file.get_tensor("e_img"))
@@ -68,18 +68,18 @@ class TagFiles(Tagger):
 
 
 class Untagged(Tagger):
-    """No tags and zeros for tokens: to measure speed and memory, and to see what the tagger is worth.
+    """A tagger that gives no tags and zeros for tokens, to measure speed, memory and the tagger's effect.
 
     Args:
-        tokens: N.
-        width: E.
+        tokens: Number of tokens, N.
+        width: Width of a token, E.
     """
 
     def __init__(self, tokens: int = 145, width: int = 512) -> None:
         self.tokens, self.width = tokens, width
 
     def __call__(self, x_lq: Tensor) -> Seen:
-        """Nothing about any image."""
+        """Empty tags and zero tokens."""
         return Seen([""] * len(x_lq), x_lq.new_zeros(len(x_lq), self.tokens, self.width))
 
 
@@ -90,13 +90,13 @@ def fingerprint(image: Tensor) -> str:
 
 
 def write_tags(folder: str | Path, x_lq: Tensor, tags: Sequence[str], e_img: Tensor) -> list[Path]:
-    """Write what a tagger said of images, for `TagFiles`.
+    """Write a tagger's outputs for images, to be read by `TagFiles`.
 
     Args:
-        folder: Target; made where missing.
-        x_lq: The images it saw, (B,3,h,w), [0,1].
-        tags: Comma-separated, B strings.
-        e_img: Tokens, (B,N,E).
+        folder: Folder to write; it is made if it does not exist.
+        x_lq: The tagged images, (B,3,h,w), [0,1].
+        tags: Comma-separated tags, B strings.
+        e_img: Image tokens, (B,N,E).
 
     Returns:
         The files.

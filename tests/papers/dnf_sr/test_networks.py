@@ -229,14 +229,14 @@ class TestTrunk:
         assert kept[1] < 0.7 * kept[0]
 
     def test_what_does_not_fit_is_refused(self, vit: str, convnext: str) -> None:
-        with pytest.raises(ValueError, match=r"'random:dinov2_tiny' is a 'dinov2' model where DINOv3 is wanted; use"):
+        with pytest.raises(ValueError, match=r"'random:dinov2_tiny' is a 'dinov2' model, not a DINOv3; use"):
             DinoTrunk("random:dinov2_tiny")
         for levels in ((), (0, 3), (3, 7), (4, 2), (2, 2)):
             with pytest.raises(ValueError, match=r"levels=\[.*\] must increase within 1\.\.6, the depth of"):
                 DinoTrunk(vit, levels)
-        with pytest.raises(ValueError, match=r"x_pm1 is \(24, 30\), no multiple of 4, DINOv3's stride; crop or pad"):
+        with pytest.raises(ValueError, match=r"x_pm1 is \(24, 30\), not a multiple of 4, DINOv3's stride; crop or pad"):
             DinoTrunk(vit)(images(1, 3, 24, 30))
-        with pytest.raises(ValueError, match=r"x_pm1 is \(40, 32\), no multiple of 16"):
+        with pytest.raises(ValueError, match=r"x_pm1 is \(40, 32\), not a multiple of 16"):
             DinoTrunk(convnext)(images(1, 3, 40, 32))
 
 

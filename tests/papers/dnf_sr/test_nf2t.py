@@ -394,7 +394,7 @@ class TestVelocitySpace:
     def test_without_stage_ones_policy_a_fit_with_the_pull_is_refused(self, make: Make, batch: Batch) -> None:
         model = make(variant="nft", nft_kl=0.1)
         model._sft_adapter = {}
-        with pytest.raises(ValueError, match=r"nft_kl=0\.1 pulls to stage 1's policy, which sft=.* no longer holds"):
+        with pytest.raises(ValueError, match=r"nft_kl=0\.1 needs stage 1's policy, which sft=.* no longer holds"):
             train(model, batch)
 
 

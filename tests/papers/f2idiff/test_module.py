@@ -778,5 +778,5 @@ class TestErrors:
             make(features=other)
 
     def test_a_text_encoder_of_another_width(self, make: Make) -> None:
-        with pytest.raises(ValueError, match=r"text_encoder=tiny makes embeddings 32 wide, .* takes 16; give the text"):
+        with pytest.raises(ValueError, match=r"text_encoder=tiny makes embeddings 32 wide, .* takes 16\. Set the text"):
             make(condition="text", text_encoder="tiny")
