@@ -40,36 +40,37 @@ class DFOSD(RestorationModule):
     Args:
         pretrained: Generator base (VAE, U-Net, schedule, text encoder): hub id, diffusers folder, `tiny` or
             `random:<architecture>`.
-        timestep: T_L, at which the low-quality latent is taken for a noisy one.
-        lora_rank: Of the generator's and the discriminator's LoRA.
-        lora_alpha: Likewise; the scale is alpha / rank.
-        lora_time: Adapt the projections of the time embedding, too.
+        timestep: Timestep T_L at which the low-quality latent serves as the noisy one.
+        lora_rank: Rank of the generator's and the discriminator's LoRA.
+        lora_alpha: Alpha of both LoRA; their scale is alpha / rank.
+        lora_time: Adapt the projections of the time embedding as well.
         condition: The U-Net's text input: a `learned` embedding, frozen `noise`, the `empty` prompt, or each image's
             own `prompt` (for DAPE's tags: give a prompt file to the data).
-        embedding_init: Where the learned embedding starts: N(0,1) or at the empty prompt.
-        embedding_tokens: Its length.
+        embedding_init: Start of the learned embedding: N(0,1) or the empty prompt's embedding.
+        embedding_tokens: Number of the learned embedding's tokens.
         lambda_gan: Weight of the adversarial loss (lambda_1).
         lambda_perceptual: Weight of the perceptual loss (lambda_2).
         perceptual: Perceptual loss.
-        perceptual_weights: Of its VGG16: `pretrained`, `random` or a file.
-        perceptual_width: Factor on its channels, for `random` only.
+        perceptual_weights: Weights of the perceptual loss's VGG16: `pretrained`, `random` or a file.
+        perceptual_width: Factor on the VGG16's channels, for `random` only.
         discriminator: `nad` (the paper's), `latent` (Diffusion-GAN from scratch), `pixel` (CNN) or `none`.
-        disc_pretrained: The discriminator's U-Net; default: the generator's base.
-        disc_prompt: Its text input: the `empty` prompt, the generator's embedding (`shared_detached`) or `own_learned`.
-        disc_hidden: Width of its head.
+        disc_pretrained: Source of the discriminator's U-Net; null for the generator's base.
+        disc_prompt: Text input of the discriminator: the `empty` prompt, the generator's embedding (`shared_detached`)
+            or `own_learned`.
+        disc_hidden: Width of the discriminator's head.
         share_noise: Put the same noise on real and generated latents in the discriminator's step.
-        optimizer: The generator's.
-        disc_optimizer: The discriminator's.
-        disc_head_lr: Learning rate of the discriminator's head; default: its optimiser's.
-        lr_scheduler: The generator's, stepped once an update.
+        optimizer: Optimiser of the generator.
+        disc_optimizer: Optimiser of the discriminator.
+        disc_head_lr: Learning rate of the discriminator's head; null for that of `disc_optimizer`.
+        lr_scheduler: Learning-rate scheduler of the generator, stepped once an update.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         scale: Super-resolution factor.
-        inference: How images are restored and scored.
+        inference: Settings of restoration and scoring.
         seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
-        losses: Image losses added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
+        losses: Image losses that are added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
         losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
     """
 
@@ -244,7 +245,7 @@ class DFOSD(RestorationModule):
         return {name: network for name, network in networks.items() if network is not None}
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, and the text encoders that make the prompts' embeddings."""
+        """Rows of the networks and of the text encoders that make the prompts' embeddings."""
         encoders = set()
         if self.condition in ("empty", "prompt") or (self.embedding and self.embedding_init == "empty_prompt"):
             encoders.add(self.pretrained)
@@ -253,13 +254,13 @@ class DFOSD(RestorationModule):
         return [*super().parameter_rows(), *map(text_encoder_row, sorted(encoders))]
 
     def parameter_sums(self) -> dict[str, int]:
-        """What runs at inference; the paper publishes 966.3 M."""
+        """Parameters that run at inference; the paper publishes 966.3 M."""
         rows = RestorationModule.parameter_rows(self)
         parts = ("U-Net", "U-Net LoRA", "VAE", "text embedding")
         return {"generator (U-Net, VAE, embedding, LoRA)": sum(row.total for row in rows if row.name in parts)}
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
-        """What this configuration trains."""
+        """Name patterns of this configuration's trained parameters."""
         patterns: dict[str, tuple[str, ...]] = {}
         generator = self.trainable["generator"]
         patterns["generator"] = generator if self.condition == "learned" else generator[:1]

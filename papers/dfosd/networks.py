@@ -1,4 +1,4 @@
-"""DFOSD's own networks: the noise-aware discriminator (NAD) and the discriminators it is compared with.
+"""DFOSD's own networks: the noise-aware discriminator (NAD) and the discriminators of the ablation.
 
 B batch, C latent channels, h w latent sides, N tokens, D token width. All return logits; D(x) = sigmoid(logit).
 """
@@ -20,7 +20,7 @@ class UNetTrunk(nn.Module):
     """`conv_in`, time embedding, down blocks and mid block of a diffusion U-Net; the rest is dropped.
 
     Args:
-        unet: A pretrained U-Net, taken apart: its up blocks are freed.
+        unet: A pretrained U-Net; its up blocks are freed.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -45,7 +45,7 @@ class UNetTrunk(nn.Module):
         unet = self.unet
         context = prompt_embeds.expand(len(z_t), -1, -1)
         emb = unet.time_embedding(unet.time_proj(t).to(z_t.dtype))
-        if self.is_sdxl:  # SDXL also wants pooled text and sizes: zeros and "512 px, not cropped"
+        if self.is_sdxl:  # SDXL also takes pooled text and sizes: zeros and "512 px, not cropped"
             added = sdxl_conditions(len(z_t), device=z_t.device)
             emb = emb + unet.get_aug_embed(emb=emb, encoder_hidden_states=context, added_cond_kwargs=added)
         x = unet.conv_in(z_t)
@@ -62,7 +62,7 @@ class UNetTrunk(nn.Module):
 class NoiseAwareDiscriminator(nn.Module):
     """The paper's discriminator: a frozen U-Net trunk with LoRA, and a two-layer MLP at every location.
 
-    The timestep given to the trunk is that of the noise on the latents, which is what makes it noise-aware.
+    The trunk's timestep is that of the noise on the latents, which makes the discriminator noise-aware.
 
     Args:
         unet: Pretrained U-Net.
@@ -84,10 +84,10 @@ class NoiseAwareDiscriminator(nn.Module):
 
 
 class LatentDiscriminator(nn.Module):
-    """The ablation's Diffusion-GAN: a small convolutional net on noisy latents, from scratch, told the timestep.
+    """The ablation's Diffusion-GAN: a small convolutional net from scratch on noisy latents and their timestep.
 
     Args:
-        in_channels: Of the latents.
+        in_channels: Channels of the latents.
         channels: Width of each level; each but the first halves the sides.
         num_timesteps: T, to which timesteps are normalised.
     """
@@ -104,7 +104,7 @@ class LatentDiscriminator(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 1, 1)
 
     def forward(self, z_t: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Logits at every location, (B,1,h/8,w/8); the text is not looked at."""
+        """Logits at every location, (B,1,h/8,w/8); the text is ignored."""
         time = self.time(t[:, None].to(z_t.dtype) / self.num_timesteps)
         return self.conv_out(self.levels(nn.functional.leaky_relu(self.conv_in(z_t) + time[:, :, None, None], 0.2)))
 

@@ -1,4 +1,4 @@
-"""DM-SR, stage 1: learn how degraded an image is, as the timestep at which the denoiser shall take it (section 3.1)."""
+"""DM-SR, stage 1: learn an image's degree of degradation, as the timestep for the denoiser (section 3.1)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from papers.dm_sr.networks import TimestepEstimator
 log = logging.getLogger(__name__)
 
 COLLAPSED = 0.01
-"""Predictions whose spread is a smaller part of their target's have collapsed to a constant."""
+"""Smallest ratio of the predictions' spread to their targets'; below it T has collapsed to a constant."""
 LAST = 499
 """The largest timestep: the estimator's outputs lie in 0 .. 499 (equation 10)."""
 
@@ -44,13 +44,13 @@ class TimestepEstimation(TrainingModule):
             t_hat + 1 the one at which a trained stage 2 comes nearest to the high-quality latent.
         lo: Distance that becomes t = 0; null takes the smallest of the calibration set.
         hi: Distance that becomes t = 499; null takes the largest of the calibration set.
-        calibration: Training batches that lo and hi are taken from, where they are null.
-        weights: Of the VGG19 that T starts from: `pretrained` (ImageNet), `random` or a file.
-        width: Factor on its channels, for `random` only.
-        lpips_weights: Of the AlexNet of LPIPS: `pretrained`, `random` or a file; for the target `lpips` only.
+        calibration: Number of training batches from which lo and hi are taken, if they are null.
+        weights: Initial weights of T's VGG19: `pretrained` (ImageNet), `random` or a file.
+        width: Factor on VGG19's channels, for `random` only.
+        lpips_weights: Weights of LPIPS's AlexNet: `pretrained`, `random` or a file; for the target `lpips` only.
         restorer: Stage 2's checkpoint, for the target `min` only.
-        optimizer: Of T.
-        lr_scheduler: Of the optimiser, stepped once an update.
+        optimizer: Optimiser of T.
+        lr_scheduler: Learning-rate scheduler, stepped once an update.
         scale: Super-resolution factor.
         seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
@@ -100,7 +100,7 @@ class TimestepEstimation(TrainingModule):
     # Networks
 
     def configure_networks(self) -> None:
-        """T, and what its target needs."""
+        """Build T and the network of its target."""
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         if self.target == "lpips":
             weights = "random" if is_architecture_only() else self.lpips_weights
@@ -126,31 +126,31 @@ class TimestepEstimation(TrainingModule):
         return {name: network for name, network in networks.items() if network is not None}
 
     def configure_optimizers(self) -> Any:
-        """One."""
+        """One optimiser for T."""
         optimizer = self.optimizer(self.trainable_parameters("estimator"))
         return [optimizer], [self.lr_scheduler(optimizer)] if self.lr_scheduler is not None else []
 
     def restore_stage(self, argument: str, stage: Stage) -> None:
-        """Leave it: a checkpoint of T is whole, and new targets come from stage 2 as it is now, as the warning says."""
+        """Do nothing: T's checkpoint is complete. New targets come from the current stage 2, as a warning reports."""
 
     # Targets
 
     @torch.no_grad()
     def distances(self, batch: Batch) -> Tensor:
-        """D of each image of a batch, (B,), fp32."""
+        """Distance d of each image of a batch, (B,), fp32."""
         assert self.distance is not None
         with torch.autocast(batch["hq"].device.type, enabled=False):
             return self.distance(bicubic_upsample(batch["lq"], self.scale), batch["hq"]).float()
 
     @torch.no_grad()
     def targets(self, batch: Batch, t_hat: Tensor) -> Tensor:
-        """The timesteps T shall predict, (B,), float in [0, 499]; `t_hat` counts for the target `min` alone."""
+        """Target timesteps of T, (B,), float in [0, 499]; `t_hat` is used for the target `min` only."""
         if self.target == "min":
             return self._nearest(batch, t_hat)
         return LAST * ((self.distances(batch) - self.lo) / (self.hi - self.lo)).clamp(0, 1)
 
     def _nearest(self, batch: Batch, t_hat: Tensor) -> Tensor:
-        """Of t - 1, t, t + 1 the timestep whose Z_SR is nearest to the high-quality latent in L1."""
+        """The timestep among t - 1, t, t + 1 whose Z_SR is nearest to the high-quality latent in L1."""
         assert self.restorer is not None
         i_lr, c = to_pm1(bicubic_upsample(batch["lq"], self.scale)), self.restorer.text_condition(batch["prompt"])
         h = self.restorer.codec.encode(to_pm1(batch["hq"]))
@@ -159,7 +159,7 @@ class TimestepEstimation(TrainingModule):
         return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
 
     def on_fit_start(self) -> None:
-        """Take lo and hi from training images, where they are not given and no checkpoint brought them."""
+        """Take lo and hi from training images, if neither a setting nor a checkpoint gives them."""
         super().on_fit_start()
         missing = [name for name in ("lo", "hi") if bool(self.get_buffer(name).isnan())]
         if not missing or self.target == "min":
@@ -197,14 +197,14 @@ class TimestepEstimation(TrainingModule):
         return (squares - means.square()).clamp(min=0).sqrt().float()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Warn of a collapse, here where the host waits for the device anyway."""
+        """Warn of a collapse, at a point at which the host waits for the device anyway."""
         super().on_save_checkpoint(checkpoint)
         if self._stds is not None:
             predicted, target = self._stds.tolist()
             self._warn_of_collapse(predicted, target, "the last training batch")
 
     def _warn_of_collapse(self, predicted: float, target: float, where: str) -> None:
-        """Warn once of predictions that hardly differ where their targets do."""
+        """Warn once of predictions that hardly differ although their targets do."""
         if predicted < COLLAPSED * target and not self._warned:
             self._warned = True
             log.warning(
@@ -242,7 +242,7 @@ class TimestepEstimation(TrainingModule):
         self._note("predict", batch, dataloader_idx)
 
     def _gathered_rows(self) -> list[tuple[str, str, float, float]]:
-        """All processes' rows, an image that two of them saw only once."""
+        """Rows of all processes; an image that two processes had is there once."""
         rows, self._rows = self._rows, []
         return sorted({row[:2]: row for row in self.gathered(rows)}.values())
 
@@ -307,7 +307,7 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str, float, float]]) -> Non
 
 
 def read_estimator(path: str) -> Stage:
-    """T of a stage-1 checkpoint, averaged weights where it has them.
+    """T of a stage-1 checkpoint, with averaged weights if it has them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -340,7 +340,7 @@ def build_estimator(stage: Stage) -> TimestepEstimator:
 
 
 def read_restorer(path: str) -> tuple[Any, Stage]:
-    """Stage 2 of a checkpoint, frozen, averaged weights where it has them.
+    """Frozen stage 2 of a checkpoint, with averaged weights if it has them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -351,7 +351,7 @@ def read_restorer(path: str) -> tuple[Any, Stage]:
     checkpoint = read_stage(path, "restorer", "papers.dm_sr.DMSR")
     names = ("pretrained", "prompt", "embedding", "scale", "seed")
     given = {name: checkpoint["hyper_parameters"][name] for name in names}
-    restorer = DMSR(**given, timestep=0, ema_decay=None)  # the estimator is not asked
+    restorer = DMSR(**given, timestep=0, ema_decay=None)  # the estimator is not used
     restorer.inference_only = restorer.awaits_checkpoint = True
     restorer.configure_model()
     restorer.take_texts(checkpoint)

@@ -1,4 +1,4 @@
-"""DM-SR's equation 4, as it must be meant and as it is printed; its other losses are in `common.losses`."""
+"""DM-SR's equation 4, corrected and as printed; the other losses are in `common.losses`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ GANLoss = Literal["bce", "hinge", "printed"]
 
 
 def discriminator_objective(kind: GANLoss, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """What the discriminator minimises, D = sigmoid(logit).
+    """Loss of the discriminator, D = sigmoid(logit).
 
     `bce` is equation 4 with a minus before both of its terms: -log D(real) - log(1 - D(fake)). `printed` is the
-    equation as it stands, log D(real) - log(1 - D(fake)): both terms are smallest at D = 0, so D learns to call both
+    equation unchanged, log D(real) - log(1 - D(fake)): both terms are smallest at D = 0, so D learns to call both
     fake, and the loss has no lower bound. `hinge` is that of InvSR, which appendix A.2 refers to.
 
     Args:
-        kind: Which of the three.
+        kind: Form of the loss.
         logits_real: Logits of real latents, (B, ...).
-        logits_fake: Logits of restored latents, likewise.
+        logits_fake: Logits of restored latents, (B, ...).
 
     Returns:
         Loss per sample, (B,), fp32.

@@ -54,7 +54,7 @@ NOISE_KEPT = 2**18
 
 
 class Conditions(NamedTuple):
-    """What belongs to whole images: the noise level they are moved to, and their text."""
+    """Conditions of whole images: the noise level they are moved to, and their text."""
 
     t_hat: Tensor
     """Timesteps as predicted (or given), (B,), float: the encoder sees them so, the denoiser rounded."""
@@ -75,36 +75,36 @@ class DMSR(RestorationModule):
             place of `prompt` (Table 7).
         num_steps: Denoising steps at test time (Table 4).
         multistep_noise: Noise that further steps put back: the `first` step's (the paper) or the `latest` (DDIM).
-        embedding: What the encoder's time embeddings see: the `scalar` t / 500 or a `sinusoidal` embedding of t.
+        embedding: Input of the encoder's time embeddings: the `scalar` t / 500 or a `sinusoidal` embedding of t.
         lambda_l1: Weight of the L1 loss on latents.
         lambda_per: Weight of the perceptual loss on latents; 0 for none.
         lambda_adv: Weight of the adversarial loss; 0 for no discriminator.
         lambda_dm: Weight of the distribution matching loss (equation 7).
         lambda_eps: Weight of the noise loss (equation 8).
-        perceptual_weights: Of the latent LPIPS: InvSR's file, or `random`.
-        perceptual_width: Factor on its channels, for `random` only.
-        dm_path: Where equation 7's gradient enters: at the `encoder`'s output, as printed, or at the image `latent`.
-        dm_timestep: Its timestep: `uniform` over 1 .. 499, or the image's `predicted` one.
+        perceptual_weights: Weights of the latent LPIPS: InvSR's file, or `random`.
+        perceptual_width: Factor on the latent LPIPS's channels, for `random` only.
+        dm_path: Place of equation 7's gradient: the `encoder`'s output, as printed, or the image `latent`.
+        dm_timestep: Timestep of equation 7: `uniform` over 1 .. 499, or the image's `predicted` one.
         noise_sign: Sign of equation 8: `corrected`, or as `printed`, which drives the noise away from its goal.
         noise_path: Where its gradient enters: at the `encoder`'s output, as printed, or at the `noise`. Logged:
             `train/z_error`, the mean of |Z_SR - X_HR^0|, and `train/eps_residual`, that of |r|.
         gan_loss: Equation 4: `bce` (both terms with a minus), InvSR's `hinge`, or as `printed`.
         disc_start: Updates after which the adversarial loss counts; the discriminator trains from the first on.
-        disc_timestep: Timestep the discriminator is told: the image's `predicted` one or `zero`.
+        disc_timestep: Timestep input of the discriminator: the image's `predicted` one or `zero`.
         disc_channels: Widths of the discriminator's levels.
-        disc_heads: Attention heads of its levels.
-        disc_groups: Groups of its group norms.
-        optimizer: The encoder's.
-        disc_optimizer: The discriminator's.
-        lr_scheduler: The encoder's, stepped once an update.
+        disc_heads: Attention heads of the discriminator's levels.
+        disc_groups: Groups of the discriminator's group norms.
+        optimizer: Optimiser of the encoder.
+        disc_optimizer: Optimiser of the discriminator.
+        lr_scheduler: Learning-rate scheduler of the encoder, stepped once an update.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         scale: Super-resolution factor.
-        inference: How images are restored and scored.
+        inference: Settings of restoration and scoring.
         seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights; null for none.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
-        losses: Image losses added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
+        losses: Image losses that are added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
         losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
     """
 
@@ -258,24 +258,24 @@ class DMSR(RestorationModule):
         return {name: network for name, network in networks.items() if network is not None}
 
     def parameter_rows(self) -> list[Row]:
-        """The networks, and the text encoder that makes the prompt's embedding."""
+        """Rows of the networks and of the text encoder that makes the prompt's embedding."""
         return [*super().parameter_rows(), text_encoder_row(self.pretrained)]
 
     def parameter_sums(self) -> dict[str, int]:
-        """What Table 2 counts as trained: the encoder with its embeddings, 34.16 M."""
+        """Trained parameters by Table 2's count: the encoder with its embeddings, 34.16 M."""
         rows = {row.name: row.trainable for row in RestorationModule.parameter_rows(self)}
         return {"Table 2 (encoder, time embeddings)": rows["encoder"] + rows["encoder's time embeddings"]}
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
-        """Without an adversarial loss there is no discriminator."""
+        """Name patterns of the trained parameters; without an adversarial loss there is no discriminator."""
         return {name: patterns for name, patterns in self.trainable.items() if name == "encoder" or self.lambda_adv}
 
     def wants_prompts(self) -> str | None:
-        """Without a text for all images each has its own."""
+        """Name the option if there is no one text for all images."""
         return "prompt=null" if self.prompt is None else None
 
     def configure_optimizers(self) -> Any:
-        """One optimiser each."""
+        """One optimiser for the encoder, one for the discriminator."""
         optimizers = [self.optimizer(self.trainable_parameters("encoder"))]
         if self.lambda_adv:
             optimizers.append(self.disc_optimizer(self.trainable_parameters("discriminator")))
@@ -333,11 +333,11 @@ class DMSR(RestorationModule):
 
     @property
     def trainer_is_testing(self) -> bool:
-        """Whether Lightning's test loop is running."""
+        """True while Lightning's test loop is running."""
         return self._trainer is not None and bool(self.trainer.testing)
 
     def on_test_epoch_end(self) -> None:
-        """Draw Figure 4b: how the predicted noise is distributed over all test images of this process."""
+        """Draw Figure 4b: the distribution of the predicted noise over all test images of this process."""
         super().on_test_epoch_end()
         noise, self._noise = self._noise, NoiseSample()
         folder = self._results() / "test"

@@ -25,19 +25,19 @@ CONDITIONING_CHANNELS = (16, 32, 96, 256)
 class TimestepEstimator(nn.Module):
     """T (appendix A.1): VGG19's five blocks, the mean over positions, a linear layer to `bins`, eq. 10; all trains.
 
-    Computed in the dtype of its weights (fp32) whatever autocast says outside. The mean over positions is our reading.
+    T computes in the dtype of its weights (fp32) under any autocast. The mean over positions is our reading.
 
     Args:
-        weights: Of the blocks: `pretrained` (torchvision's IMAGENET1K_V1, downloaded once), `random` (He
+        weights: Weights of the blocks: `pretrained` (torchvision's IMAGENET1K_V1, downloaded once), `random` (He
             initialisation, for tests and demos) or the path of a .pth or .safetensors state dict in torchvision's
             layout; `empty` for weights that a checkpoint will fill. The linear layer is always random.
         width: Factor on VGG's number of channels, above 0; other than 1 only with `random` weights.
         bins: K, the number of timesteps that eq. 10 weighs.
-        seed: Of what is random; the global generator is not used.
+        seed: Random seed of random weights; the global generator is not used.
 
     Raises:
         ValueError: `width` does not fit, or a file does not hold this network.
-        FileNotFoundError: The weights cannot be had.
+        FileNotFoundError: The weights are not there and cannot be fetched.
     """
 
     mean: Tensor
@@ -79,18 +79,18 @@ def soft_argmax(logits: Tensor) -> Tensor:
 
 
 class TimeAwareEncoder(nn.Module):
-    """E_theta (appendix A.1): the VAE's encoder, told the timestep by one linear layer a level; x_lq, t_hat -> X_SR.
+    """E_theta (appendix A.1): the VAE's encoder with a linear layer of the timestep at each level; x_lq, t_hat -> X_SR.
 
     Level i's embedding of t_hat is added to every pixel of down block i's output. The linear layers start at zero,
-    where E is the VAE's own encoder (our reading of "following the ControlNet design"). Computed in the dtype of its
-    weights whatever autocast says outside. `quant_conv`, which is no part of the paper's 34.16 M, is frozen.
+    where E is the VAE's own encoder (our reading of "following the ControlNet design"). E computes in the dtype of its
+    weights under any autocast. `quant_conv`, which is not part of the paper's 34.16 M, is frozen.
 
     Args:
-        vae: A pretrained autoencoder, taken apart: its decoder is freed.
+        vae: A pretrained autoencoder; its decoder is freed.
         embedding: `scalar`: linear layers of t_hat / `num_timesteps`, with which E has the paper's 34.16 M parameters;
-            `sinusoidal`: of the U-Net's sinusoids of t_hat, 34.62 M.
-        num_timesteps: What t_hat is divided by.
-        sinusoids: How many there are.
+            `sinusoidal`: linear layers of the U-Net's sinusoids of t_hat, 34.62 M.
+        num_timesteps: Divisor of t_hat.
+        sinusoids: Number of sinusoids.
         gradient_checkpointing: Recompute the activations in the backward pass: less memory, more time.
 
     Raises:
@@ -126,7 +126,7 @@ class TimeAwareEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, in which E works."""
+        """Precision of the weights, in which E computes."""
         return self.encoder.conv_in.weight.dtype
 
     def forward(self, x_pm1: Tensor, t: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class TimeAwareEncoder(nn.Module):
             X_SR, (B,C,H/downscale,W/downscale), in the dtype of the weights.
 
         Raises:
-            ValueError: The size is no multiple of `downscale`.
+            ValueError: The size is not a multiple of `downscale`.
         """
         check_sides(x_pm1, self.downscale)
         encoder = self.encoder
@@ -155,7 +155,7 @@ class TimeAwareEncoder(nn.Module):
             return self.scaling.scale(mean)
 
     def _describe(self, t: Tensor) -> Tensor:
-        """What the linear layers see of the timesteps (B,): (B,1) or (B,sinusoids)."""
+        """Input of the linear layers for timesteps (B,): (B,1) or (B,sinusoids)."""
         if self.embedding == "scalar":
             return (t / self.num_timesteps).to(self.dtype)[:, None]
         # sine and cosine in the order of Stable Diffusion's U-Net
@@ -175,19 +175,19 @@ class ControlNetDiscriminator(nn.Module):
     layers' default initialisation, which shrinks the signal at each, would leave it about 1/300 of z's amplitude.
 
     Args:
-        in_channels: Of the latents.
+        in_channels: Channels of the latents.
         channels: Width of each level, multiples of `norm_num_groups`; each but the first halves the sides. The last
             level has no attention.
         heads: Attention heads of each level; the last entry is the mid block's.
         cross_attention_dim: D, the width of the text embeddings.
-        downscale: Image pixels a latent pixel has along a side: 2, 4 or 8.
-        layers_per_block: ResNet blocks a level.
-        norm_num_groups: Of the group norms.
+        downscale: Image pixels of a latent pixel along a side: 2, 4 or 8.
+        layers_per_block: ResNet blocks of each level.
+        norm_num_groups: Groups of the group norms.
         gradient_checkpointing: Recompute the activations in the backward pass: less memory, more time.
-        seed: Of the weights; the global generator is not used.
+        seed: Random seed of the weights; the global generator is not used.
 
     Raises:
-        ValueError: `downscale` is another, or `heads` has another length than `channels`.
+        ValueError: `downscale` is not 2, 4 or 8, or `heads` has another length than `channels`.
     """
 
     def __init__(
