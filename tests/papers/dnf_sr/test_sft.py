@@ -222,7 +222,7 @@ def test_processes_share_the_encoding_of_texts(
     monkeypatch.setattr(DNFSR, "trainer", trainer)
     monkeypatch.setattr(DNFSR, "global_rank", 1)
     monkeypatch.setattr(flux_text, "_encode", encode)
-    refused = pytest.raises(ValueError, match="lacks 3 texts that other processes encoded; give a folder")
+    refused = pytest.raises(ValueError, match="lacks 3 texts that other processes encoded; set a folder")
     with contextlib.nullcontext() if shared else refused:
         model._fill_text_cache(str(tmp_path), texts)
     assert encoded == ["b", "d"] + (["a", "c", "e"] if shared else [])
@@ -361,7 +361,7 @@ def test_a_transformer_of_another_vae_is_refused(flux: str, tmp_path: Any) -> No
     vae(flux).save_pretrained(tmp_path / "vae")
     config = {**transformer(flux).config, "in_channels": 12}
     FluxTransformer2DModel.from_config(config).save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="tokens of 12, 2x2 pixels of the VAE's latents are 8"):
+    with pytest.raises(ValueError, match="tokens of 12, but 2x2 pixels of the VAE's latents are 8"):
         make_sft(str(tmp_path))
 
 
