@@ -348,6 +348,18 @@ def table(card: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
 
 
+CARD = [
+    "Equation -> code",
+    "Before you start",
+    "Run",
+    "Tables",
+    "Parameters",
+    "Measured here",
+    "Deviations",
+    "Licences",
+]
+
+
 @pytest.fixture(scope="module")
 def from_a_shell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of one step of each paper's first row, all in one fresh process."""
@@ -376,6 +388,10 @@ class TestCard:
             assert resolve(name) is not None
         for path in re.findall(rf"`((?:{'|'.join(PACKAGES)}|tests)/[\w/.-]+)`", text):
             assert (ROOT / path).exists(), path
+
+    def test_its_sections_are_those_of_every_card_in_one_order(self, paper: Path) -> None:
+        sections = re.findall(r"^## (.+)$", (paper / "README.md").read_text(), re.MULTILINE)
+        assert [name for name in CARD if name != "Parameters" or name in sections] == sections
 
     def test_it_says_where_it_deviates(self, paper: Path) -> None:
         text = (paper / "README.md").read_text()
