@@ -57,7 +57,7 @@ class Conditions(NamedTuple):
     """Conditions of whole images: the noise level they are moved to, and their text."""
 
     t_hat: Tensor
-    """Timesteps as predicted (or given), (B,), float: the encoder sees them so, the denoiser rounded."""
+    """Predicted (or given) timesteps, (B,), float. The encoder takes them unchanged, the denoiser rounded."""
     prompt_embeds: Tensor
     """(1,N,D) or (B,N,D)."""
 
@@ -305,7 +305,8 @@ class DMSR(RestorationModule):
     def prepare(self, x_lq: Tensor, prompts: list[str]) -> Conditions:
         """Timestep and text belong to the whole image, not to the tile.
 
-        The estimator sees large images tile by tile, too, and the mean counts: it takes a mean over positions anyway.
+        The estimator also takes large images tile by tile. The mean of its timesteps is used: T itself is a mean over
+        positions.
         """
         parts, (height, width), tile = [x_lq], x_lq.shape[-2:], (self.inference.tile or 0) // self.scale
         if self.is_large(x_lq):

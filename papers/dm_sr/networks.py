@@ -170,8 +170,8 @@ class TimeAwareEncoder(nn.Module):
 class ControlNetDiscriminator(nn.Module):
     """D_phi (appendix A.1): a narrow ControlNet from scratch, conditioned on x_lq; its mid block, pooled, to one logit.
 
-    ControlNet's zero convolutions would hide from the head what is below them: those of its outputs are dropped, and
-    the image's embedding, which ends in one, is He-initialised. So D sees x_lq from the first step (our reading); the
+    ControlNet's zero convolutions would hide the layers below them from the head. Those of its outputs are dropped, and
+    the image's embedding, which ends in one, is He-initialised. So D uses x_lq from the first step (our reading). The
     layers' default initialisation, which shrinks the signal at each, would leave it about 1/300 of z's amplitude.
 
     Args:

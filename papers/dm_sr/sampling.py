@@ -1,4 +1,4 @@
-"""Section 4.4: more steps than one, with the noise that the encoder's latent was split into."""
+"""Section 4.4: several denoising steps, with the noise that the encoder's latent was split into."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def timestep_at(t_hat: Tensor, step: int, num_steps: int) -> Tensor:
 
     Args:
         t_hat: Timesteps of the first step, (B,), float.
-        step: k, 0 .. N - 1.
-        num_steps: N.
+        step: Step k, 0 .. N - 1.
+        num_steps: Number of steps, N.
     """
     return (t_hat * (num_steps - step) / num_steps).round().long()
 
@@ -42,8 +42,8 @@ def denoise(
         x_sr: The encoder's output, (B,C,h,w), scaled latents.
         t_hat: Its timesteps, (B,), float.
         schedule: The denoiser's noise schedule.
-        num_steps: N.
-        noise: Which eps is put back.
+        num_steps: Number of steps, N.
+        noise: Step whose eps is added again.
 
     Returns:
         eps_SR of the first step and Z_SR of the last.

@@ -96,7 +96,7 @@ def write_comparison(folder: Path, rows: Sequence[Comparison], compared: int) ->
         save_figure(folder / "figures" / "rewards.png", pairs_figure(counted, gains), caption)
     drawn = [row for row in rows if row.images is not None]
     if drawn:
-        drawn = [row for row in drawn if row[:2] == drawn[0][:2]]  # processes may have numbered images alike
+        drawn = [row for row in drawn if row[:2] == drawn[0][:2]]  # processes may have given the same numbers to images
         caption = f"{len(drawn)} samples of one test image before (above) and after NF2T (below), by the same noises."
         save_figure(folder / "figures" / "samples.png", samples_figure(drawn), caption)
     return gains

@@ -315,7 +315,7 @@ def translate(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def cutout(x: Tensor, row: Tensor, column: Tensor, size: tuple[int, int]) -> Tensor:
-    """Set a rectangle of each image to zero, as far as it lies within.
+    """Set the part of a rectangle that lies within each image to zero.
 
     Args:
         x: Images, (B,C,H,W).

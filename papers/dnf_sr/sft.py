@@ -72,7 +72,7 @@ class DNFSR(FlowRestorer):
         add_lora(self.flow.transformer, self.lora_rank, self.lora_alpha, FLUX_TARGETS, seed=self.seed)
 
     def configure_training(self) -> None:
-        """Losses and discriminator."""
+        """Build losses and discriminator."""
         super().configure_training()
         if self.lambda_gan:
             self.discriminator = Discriminator(
@@ -92,7 +92,7 @@ class DNFSR(FlowRestorer):
         return networks
 
     def trainable_patterns(self) -> dict[str, tuple[str, ...]]:
-        """Without an adversarial loss there is no discriminator."""
+        """Name patterns of the trained parameters; without an adversarial loss there is no discriminator."""
         return {name: patterns for name, patterns in self.trainable.items() if name == "generator" or self.lambda_gan}
 
     def _make_optimizer(self, name: str) -> torch.optim.Optimizer:
@@ -147,5 +147,5 @@ class DNFSR(FlowRestorer):
 
 
 def _mean(logits: list[Tensor]) -> Tensor:
-    """Mean logit, each level counting alike."""
+    """Mean logit with equal weights of all levels."""
     return torch.stack([level.detach().mean() for level in logits]).mean()

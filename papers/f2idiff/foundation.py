@@ -357,5 +357,5 @@ def check_frozen(opened: Opened, here: Mapping[str, str], path: str, given: Mapp
         if opened.frozen.get(part, value) != value:
             raise ValueError(
                 f"foundation={path} was trained with another {name} than {argument}={given[argument]} has; set "
-                f"model.{argument} as in stage A (config.yaml beside its checkpoints)"
+                f"model.{argument} as in stage A (config.yaml next to its checkpoints)"
             )

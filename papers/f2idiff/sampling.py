@@ -14,15 +14,15 @@ def sample(
 ) -> Tensor:
     """Denoise noise to latents in `steps` deterministic DDIM steps, evenly spaced from the last timestep on.
 
-    diffusers' scheduler does the same where `steps` divides the timesteps; elsewhere it steps to other timesteps than
-    it asks about next, and may end before the clean image.
+    diffusers' scheduler does the same if `steps` divides the number of timesteps. Otherwise it steps to other timesteps
+    than those of its next call, and may end before the clean image.
 
     Args:
         denoiser: The foundation model, eps prediction.
         c: Condition, (B,N,D).
         null: Null condition, same shape.
         noise: Standard normal, (B,C,h,w).
-        steps: U-Net evaluations; each sees the batch twice unless `guidance` is 0 or 1.
+        steps: Number of U-Net calls; each has the batch twice unless `guidance` is 0 or 1.
         guidance: e_null + guidance (e_c - e_null); 0 samples without a condition, 1 with it and without guidance.
 
     Returns:

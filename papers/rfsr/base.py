@@ -26,8 +26,8 @@ class BaseSR(RestorationModule):
     Args:
         base: The model.
         prompt_dropout: Share of training samples whose text is empty.
-        weight_limit: Weigh training samples by (1 - abar) / abar, so that errors count as they do in z_0, up to this
-            weight; null weighs all alike.
+        weight_limit: Largest weight (1 - abar) / abar of a training sample, by which errors count as they do in z_0;
+            null gives all samples the weight 1.
         optimizer: Optimiser of the trained parameters.
         lr_scheduler: Learning-rate scheduler, stepped once an update.
         **kwargs: As for every method: `scale`, `inference`, `seed` (at test time every image is given the same noise),
