@@ -66,7 +66,7 @@ def of_page(path: Path) -> Iterator[Text]:
             fenced = not fenced
         elif not fenced and line.strip() and not line.startswith('| "'):  # the examples of CONTRIBUTING.md
             for cell in re.sub(r"`[^`]*`", "`", line).strip("| #-*").split(" | "):
-                yield Text(path, number, "page", cell)
+                yield Text(path, number, "page", re.sub(r"^\d+\. ", "", cell))
 
 
 def of_configuration(path: Path) -> Iterator[Text]:

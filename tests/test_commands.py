@@ -19,9 +19,10 @@ import yaml
 from common.images import write_png
 from launch import parameters
 from launch.cli import COMMANDS
-from launch.commands import caption, compare
+from launch.commands import caption, compare, demo, foundation
 from launch.comparison.measures import KNOWN
 from launch.errors import UsageError
+from launch.usage import EXAMPLES as EXAMPLES_OF_HELP
 
 from .command_line import ROOT, ParseOnly
 
@@ -68,6 +69,11 @@ DISTINCT = {tuple(words): page for page in PAGES for words in words_of(commands(
 CALLS = [
     pytest.param([*words], id=f"{page.parent.name if page.parent != ROOT else page.stem}: {' '.join(words)[:100]}")
     for words, page in DISTINCT.items()
+]
+CALLS += [
+    pytest.param(shlex.split(example), id=f"help: {example[:100]}")
+    for two in EXAMPLES_OF_HELP.values()
+    for example in two
 ]
 PRINTED = [call for call in CALLS if call.values[0][0] == "isr"]
 
@@ -135,6 +141,8 @@ def test_a_printed_command_is_understood(words: list[str], place: Path, monkeypa
         assert re.fullmatch(r"(RUN|runs/\w+/\w+) -o \w+", " ".join(rest))
     elif command == "metrics":
         assert rest[0] in ("list", "doctor", "fetch")
+    elif command in ("demo", "foundation"):
+        {"demo": demo, "foundation": foundation}[command]._parser(command).parse_args(rest)
     else:
         assert not rest, f"{command} is not known here; teach this test how to read its arguments"
 

@@ -8,12 +8,15 @@ import pytest
 
 from .prose import ROOT, Text, everything, found
 
-LEFT = 235  # places that are still to be rewritten; the number may only fall (475 on 2026-11-27)
+LEFT = 214  # places that are still to be rewritten; the number may only fall (475 on 2026-11-27)
 
 
 def test_no_words_or_openings_to_avoid_are_added() -> None:
     places = [f"{text.path.relative_to(ROOT)}:{line}: {words}" for text in everything() for line, words in found(text)]
-    assert len(places) <= LEFT, "rewrite in plain English (CONTRIBUTING.md, Words):\n" + "\n".join(places)
+    assert len(places) <= LEFT, (
+        f"{len(places)} places, {LEFT} are allowed: rewrite the new ones in plain English (CONTRIBUTING.md, Words). "
+        "All:\n" + "\n".join(places)
+    )
 
 
 @pytest.mark.parametrize(

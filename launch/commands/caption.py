@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import usage
 from launch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def _finish(
 
 
 def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        f"isr {command}",
+    parser = usage.parser(
+        command,
         description="Caption the patches of photos and write a manifest of them for training. It can be killed at any "
         "time: the same command goes on where it was, and only the batch under way is lost.",
         epilog="Unreadable images and images smaller than the patch are skipped, counted and named. Several GPUs: "

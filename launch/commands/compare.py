@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import usage
 from launch.errors import UsageError
 
 
@@ -64,9 +65,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        f"isr {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = usage.parser(command, __doc__, allow_abbrev=False)
     _add_methods(parser.add_argument_group("methods (default: every run under runs/)"))
     _add_images(parser.add_argument_group("images (default: the embedded photos)"))
     _add_measures(parser.add_argument_group("metrics and costs"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import held
-from launch import demo
+from launch import demo, usage
 from launch.demo import DemoRow, Outcome
 from launch.demo_report import write_report
 from launch.signals import Stopped
@@ -96,7 +96,7 @@ def _report(
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
+    parser = usage.parser(command, __doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only rows whose name holds a TEXT")
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument("--max-steps", type=_positive, help="steps of every fit, instead of its own number")

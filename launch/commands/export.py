@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import newest_checkpoint
 from common.files import check_free, held
+from launch import usage
 from launch.errors import UsageError
-from launch.export import load
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -20,10 +18,13 @@ def run(command: str, argv: Sequence[str]) -> int:
         UsageError: The checkpoint does not say what it is of, its method has nothing to take away, or the folder holds
             files.
     """
-    parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
+    parser = usage.parser(command, __doc__)
     parser.add_argument("run", metavar="RUN", help="checkpoint, or a run's folder, of which the newest is taken")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the networks")
     options = parser.parse_args(list(argv))
+    from common.checkpoints import newest_checkpoint  # these take seconds, which --help need not
+    from launch.export import load
+
     check_free(options.output)
     path = newest_checkpoint(Path(options.run)) or Path(options.run)
     export: Any = getattr(load(path), "export", None)

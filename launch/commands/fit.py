@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Sequence
 
-from launch import lightning_cli, signals
+from launch import signals, usage
 
 
 def run(command: str, args: Sequence[str]) -> int:
@@ -16,6 +17,18 @@ def run(command: str, args: Sequence[str]) -> int:
         UsageError: The arguments or a config cannot be understood.
         Stopped: A signal ends the command.
     """
+    if _asks_for_help(args) and not (named := usage.classes(args)):
+        print(usage.page(command))
+        return 0
+    from launch import lightning_cli  # takes seconds, which the short help need not
+
+    if _asks_for_help(args):
+        for section, class_path in named.items():
+            with contextlib.suppress(SystemExit):
+                lightning_cli.IsrCLI([command, f"--{section}.help", class_path])
+        print(f"\n{usage.examples(command)}")
+        return 0
+    args = ["--help" if argument == "--help-all" else argument for argument in args]
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
@@ -23,6 +36,10 @@ def run(command: str, args: Sequence[str]) -> int:
     if (number := signals.received()) is not None:  # after the last step, so that nothing waited for it
         raise signals.Stopped(number)
     return 0
+
+
+def _asks_for_help(args: Sequence[str]) -> bool:
+    return "-h" in args or "--help" in args
 
 
 def _no_advertising(record: logging.LogRecord) -> bool:

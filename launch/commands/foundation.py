@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import common.foundation
+import common
 import papers
 from common.files import check_free, held
+from launch import usage
 
-CONFIGS = Path(common.foundation.__file__).parent / "configs"
+CONFIGS = Path(common.__file__).parent / "foundation" / "configs"
 PAPERS = Path(papers.__file__).parent
 
 
@@ -46,10 +47,7 @@ STAGES = (
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Train what is missing in the output folder and return the exit code."""
-    parser = argparse.ArgumentParser(f"isr {command}", description=__doc__)
-    parser.add_argument("--output", default="runs/foundation/weights", help="folder of the new weights")
-    parser.add_argument("--steps", type=int, help="steps of each stage, for a quick try (default: the recipes')")
-    options = parser.parse_args(list(argv))
+    options = _parser(command).parse_args(list(argv))
     output = Path(options.output)
     check_free(output, own="stages")
     with held(output):
@@ -60,6 +58,13 @@ def run(command: str, argv: Sequence[str]) -> int:
             shutil.copytree(output / "stages" / name, output, dirs_exist_ok=True)
     print(f"foundation written to {output}; to embed it, copy its folders to common/foundation/weights")
     return 0
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = usage.parser(command, __doc__)
+    parser.add_argument("--output", default="runs/foundation/weights", help="folder of the new weights")
+    parser.add_argument("--steps", type=int, help="steps of each stage, for a quick try (default: the recipes')")
+    return parser
 
 
 def _fit(stage: Stage, stages: Path, steps: int | None) -> None:

@@ -7,9 +7,10 @@ fetch   say what would be downloaded from where, and do so after a yes (or with 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+
+from launch import usage
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -21,9 +22,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     Raises:
         UsageError: A metric is unknown.
     """
-    parser = argparse.ArgumentParser(
-        f"isr {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = usage.parser(command, __doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="every metric")
     actions.add_parser("doctor", help="check those that need no weights")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 
+from launch import usage
 from launch.errors import UsageError
-from launch.parameters import build, class_path, summary, table
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -16,10 +15,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     Raises:
         UsageError: A config is missing or cannot be understood.
     """
-    parser = argparse.ArgumentParser(
-        f"isr {command}",
-        description="Count a configuration's parameters, network by network; without weights, data or network access.",
-        epilog="Further options of the form --model.ARG=VALUE override the configs.",
+    parser = usage.parser(
+        command,
+        "Count a configuration's parameters, network by network; without weights, data or network access.",
+        "Further options of the form --model.ARG=VALUE override the configs.",
         allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files, later ones over earlier ones")
@@ -28,6 +27,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(list(argv))
     if not options.configs:
         raise UsageError(f"no config given; e.g. isr {command} papers/dfosd/configs/sd21.yaml")
+    from launch.parameters import build, class_path, summary, table  # takes seconds, which --help need not
+
     model = build(options.configs, overrides, options.inference)
     counted = summary(model)
     if options.json:

@@ -396,7 +396,7 @@ class TestCard:
     def test_it_says_where_it_deviates(self, paper: Path) -> None:
         text = (paper / "README.md").read_text()
         section = text.partition("## Deviations")[2].partition("\n## ")[0]
-        assert section.count("\n|") > 3, "Deviations needs a table | what | paper | here | why |"
+        assert section.count("\n|") > 3, "Deviations needs a table | what | paper | here | why | of two rows"
 
     def test_published_rows_have_a_number_for_each_column(self, paper: Path) -> None:
         results = yaml.safe_load((paper / "results.yaml").read_text())
