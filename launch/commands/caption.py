@@ -129,6 +129,18 @@ def _finish(
 
 
 def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
+    options = _parser(command).parse_args(list(argv))
+    if options.shard is None:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        options.shard = (int(os.environ["RANK"]) + 1 if processes > 1 else 1), processes
+    if not options.whole:
+        options.patch = 512 if options.patch is None else options.patch
+        options.stride = options.patch if options.stride is None else options.stride
+    _check(options)
+    return options
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
     parser = usage.parser(
         command,
         description="Caption the patches of photos and write a manifest of them for training. It can be killed at any "
@@ -148,16 +160,29 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--instruction",
         default="<MORE_DETAILED_CAPTION>",
-        help="what the model is asked (default: %(default)s, a paragraph that about fills the 77 tokens of CLIP's text "
-        "encoders; Florence-2's <CAPTION> is one short sentence, made several times as fast, which leaves most of what "
-        "a patch shows unsaid; chat models need a question)",
+        help="text that the model gets (default: %(default)s, a paragraph that about fills the 77 tokens of CLIP's "
+        "text encoders; Florence-2's <CAPTION> gives one short sentence, several times as fast, and leaves out most "
+        "of a patch; chat models need a question)",
     )
+    _add_patches(parser)
+    parser.add_argument("--batch-size", type=int, default=16, help="patches at once (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=77,
+        help="longest caption, in tokens (default: %(default)s, as CLIP's text encoders read no more)",
+    )
+    parser.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
+    return parser
+
+
+def _add_patches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch", type=int, help="side of a patch, px of the photo (default: 512)")
     parser.add_argument(
         "--stride",
         type=int,
-        help="from one patch to the next, px (default: --patch); those at the right and lower border are moved inside, "
-        "so that the whole photo is covered",
+        help="distance from one patch to the next, px (default: --patch); patches at the right and lower border are "
+        "moved inside, so that the whole photo is covered",
     )
     parser.add_argument(
         "--whole",
@@ -166,7 +191,7 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--first", type=int, help="caption the first images of the source alone (default: all)")
     parser.add_argument(
-        "--per-photo", type=int, help="at most so many patches of an image, spread evenly over it (default: all)"
+        "--per-photo", type=int, help="largest number of patches of an image, spread evenly over it (default: all)"
     )
     parser.add_argument(
         "--shard",
@@ -175,28 +200,19 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
         metavar="I/N",
         help="caption the I-th of N parts of the images (default: all of them; under torchrun the part of its rank)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="patches at once (default: %(default)s)")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=77,
-        help="a caption is cut there (default: %(default)s, as CLIP's text encoders read no more)",
-    )
-    parser.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
-    options = parser.parse_args(list(argv))
-    if options.shard is None:
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        options.shard = (int(os.environ["RANK"]) + 1 if processes > 1 else 1), processes
-    if options.whole:
-        for name in ("patch", "stride", "per_photo"):
-            if getattr(options, name) is not None:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {getattr(options, name)} has no effect with --whole; leave one of "
-                    "them out"
-                )
-    else:
-        options.patch = 512 if options.patch is None else options.patch
-        options.stride = options.patch if options.stride is None else options.stride
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that are out of range or exclude each other.
+
+    Raises:
+        UsageError: One is, or two do.
+    """
+    for name in ("patch", "stride", "per_photo") if options.whole else ():
+        if getattr(options, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} has no effect with --whole; leave one of them out"
+            )
     for name in ("patch", "stride", "batch_size", "max_new_tokens", "first", "per_photo"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -206,7 +222,6 @@ def _parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
             f"--stride {options.stride} leaves gaps between patches of --patch {options.patch}; give {options.patch} "
             "or less"
         )
-    return options
 
 
 def _shard(text: str) -> tuple[int, int]:
