@@ -15,8 +15,8 @@ HEAD = """# Performance
 `make gpu` fills this page on one GPU: it runs every demo row on CUDA against the CPU, then
 [benchmarks/paper_scale.py](../benchmarks/paper_scale.py), then `python benchmarks/report.py`. A second call measures
 what is missing. Networks have the paper's size and random weights, images are noise, one text is encoded and kept. A
-step holds everything that the configuration trains, discriminators and teachers too. TF32 is off, which is torch's
-default, and the VAE works in float32, which is the methods' default.
+step holds everything that the configuration trains, discriminators and teachers too. TF32 is off; in `isr fit` torch's
+default holds, which has it on in convolutions. The VAE works in float32, which is the methods' default.
 """
 NONE = "\nNot yet measured on a GPU.\n"
 COLUMNS = (

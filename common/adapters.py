@@ -167,6 +167,7 @@ def merge(module: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"{type(module).__name__} has no adapter to merge.")
     for key, layer in layers:
+        layer.get_base_layer().float()  # of a base that is held in 16 bits, which would round the sum
         layer.merge(safe_merge=True, adapter_names=list(layer.active_adapters))
         parent, _, child = key.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.get_base_layer())

@@ -31,6 +31,7 @@ from common.losses.added import AddedLosses
 from common.made import refuse_alike, refuse_foreign
 from common.metrics import Image, MetricProtocol, MetricUnavailableError, build_metric, to_uint8
 from common.parameters import Row, count
+from common.precision import FrozenDtype, TestPrecision, in_test_precision
 from common.pretrained import is_architecture_only
 from common.tiling import pad_to_multiple, tiled
 from common.training import Batch, TrainingModule
@@ -52,6 +53,9 @@ class Inference:
         large: Predicted images of more output megapixels are made tile by tile on disk: memory does not grow with the
             image, and a killed run goes on with the tiles it has. Needs `tile`; null keeps every image in memory.
         file_type: Of predicted images: `png` or `tif`.
+        test_precision: Precision of validation, test and prediction: `float32`, or `float16` or `bfloat16` by autocast.
+            `trainer.precision` is that of training steps alone. In float32, weights that `frozen_dtype` holds in
+            bfloat16 are cast up, layer by layer.
     """
 
     color_fix: Literal["adain", "wavelet", "none"] = "adain"
@@ -62,6 +66,7 @@ class Inference:
     preview: int = 4
     large: float | None = 2.0
     file_type: Literal["png", "tif"] = "png"
+    test_precision: TestPrecision = "float32"
 
 
 class Upscaled(NamedTuple):
@@ -95,6 +100,7 @@ class RestorationModule(TrainingModule):
         accumulate: Batches whose gradients make one update.
         losses: Image losses added to the method's own, by name and weight, e.g. `{ea_dists: 0.5}`.
         losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
+        frozen_dtype: Dtype of frozen denoisers and of DINOv2; VAE, text encoders and networks of losses are float32.
 
     Raises:
         ValueError: A loss is unknown, or the method trains without a restored image.
@@ -115,12 +121,14 @@ class RestorationModule(TrainingModule):
         accumulate: int = 1,
         losses: dict[str, float] | None = None,
         losses_weights: str = "pretrained",
+        frozen_dtype: FrozenDtype = "float32",
     ) -> None:
-        super().__init__(seed, ema_decay, clip, accumulate)
+        super().__init__(seed, ema_decay, clip, accumulate, frozen_dtype)
         self.loss_weights, self.losses_weights = losses or {}, losses_weights
         self.added_losses: AddedLosses | None = None
         self._check_losses()
         self.scale, self.inference = scale, inference or Inference()
+        self.test_precision = self.inference.test_precision
         tile, overlap = self.inference.tile, self.inference.overlap
         if tile is not None and (tile % scale or overlap % scale or not 0 <= overlap < tile):
             raise ValueError(
@@ -234,6 +242,7 @@ class RestorationModule(TrainingModule):
         return self.results_file or inside(folder, f"{name}.{self.inference.file_type}")
 
     @torch.no_grad()
+    @in_test_precision
     def upscale(self, x_lq: Tensor, prompts: list[str], conditions: Any = None) -> Upscaled:
         """Restore whole images of any size, tile by tile, and fix their colours.
 
@@ -303,6 +312,7 @@ class RestorationModule(TrainingModule):
     def _none_computed(self) -> str:
         return f"model.inference.metrics={self.inference.metrics}: none of them can be computed"
 
+    @in_test_precision
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score and preview a batch."""
         dataset = self._dataset_name("val", dataloader_idx)
@@ -311,6 +321,7 @@ class RestorationModule(TrainingModule):
         if len(self._previews.get(dataset, ())) < self.inference.preview:
             self._previews[dataset].append(side_by_side(batch, sr, self.scale).cpu())
 
+    @in_test_precision
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Score a batch with and without the colour fix, save its images and return them, (B,3,s*h,s*w)."""
         dataset = self._dataset_name("test", dataloader_idx)
@@ -327,6 +338,7 @@ class RestorationModule(TrainingModule):
     def tested(self, batch: Batch, conditions: Any, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
         """What a method does with a tested batch besides; default: nothing."""
 
+    @in_test_precision
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Upscale a batch to files named after the inputs; nothing is kept in memory."""
         folder = self.output_folder("predict")
@@ -381,7 +393,9 @@ class RestorationModule(TrainingModule):
         """A digest of what decides a tile's pixels besides the tile: settings, trained weights, conditions."""
         settings = {key: value for key, value in self.hparams.items() if key != "inference"}
         stages = {argument: stage.digest for argument, stage in self.stages.items()}
-        digest = hashlib.blake2b(f"{type(self).__name__} {self.trainer.precision} {settings} {stages}".encode())
+        digest = hashlib.blake2b(
+            f"{type(self).__name__} {self.trainer.precision} {self.test_precision} {settings} {stages}".encode()
+        )
         tensors = [*self.all_trainable().values(), *_tensors(conditions)]
         for tensor in tensors:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().data)

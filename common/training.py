@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from common.checkpoints import (
@@ -40,6 +41,7 @@ from common.loggers import file_name, show
 from common.made import begin, refuse_alike, refuse_foreign
 from common.metrics import to_uint8
 from common.parameters import Row, is_lora
+from common.precision import FrozenDtype, TestPrecision
 from common.pretrained import is_architecture_only
 from common.stages import Stage, recorded
 
@@ -64,6 +66,7 @@ class TrainingModule(LightningModule):
         ema_decay: Decay of the average of the trained weights, which then is what gets validated and tested.
         clip: Limit of each optimiser's gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
+        frozen_dtype: Dtype of frozen denoisers and of DINOv2; VAE, text encoders and networks of losses are float32.
     """
 
     trainable: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -72,16 +75,24 @@ class TrainingModule(LightningModule):
     """Those children with trained weights that `configure_training` makes."""
     without_prompts: ClassVar[str] = ""
     """How to train without prompts, for the message of `check_prompts`."""
+    test_precision: TestPrecision = "float32"
+    """Precision of validation, test and prediction."""
     inference_only = False
     """Set before `configure_model`: leave out what only training needs. Lightning's test and predict do so anyway."""
 
     def __init__(
-        self, seed: int | None = None, ema_decay: float | None = None, clip: float | None = 1.0, accumulate: int = 1
+        self,
+        seed: int | None = None,
+        ema_decay: float | None = None,
+        clip: float | None = 1.0,
+        accumulate: int = 1,
+        frozen_dtype: FrozenDtype = "float32",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # the frozen base is not in checkpoints; on_load_checkpoint checks the rest
         self.seed, self.clip, self.accumulate = seed or 0, clip, accumulate
+        self.frozen_dtype = frozen_dtype
         self.ema = EMA(ema_decay) if ema_decay is not None else None
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate} is out of range; set 1 or more batches an update")
@@ -293,6 +304,11 @@ class TrainingModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the output; refuse a fit, and warn of other commands, whose texts the data does not have."""
         self.check_output(TrainerFn(stage).value)
+        if str(self.trainer.precision).endswith("-mixed"):
+            rank_zero_info(
+                f"trainer.precision={self.trainer.precision} holds for training steps; validation, test and prediction "
+                f"compute in {self.test_precision}"
+            )
         wanted = self.wants_prompts()
         if wanted is None:
             return
@@ -360,6 +376,7 @@ class TrainingModule(LightningModule):
             if which:
                 optimizer._on_before_step = optimizer._on_after_step = lambda: None
             optimizer.step()
+            torch.clear_autocast_cache()  # it holds 16-bit copies of the weights before the step
             # not in the hook: Lightning drops an epoch's first numbers when two hooks log by turns
             self.log(f"grad_norm/{name}", self._grad_norm)
             optimizer.zero_grad()

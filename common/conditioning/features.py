@@ -1,12 +1,15 @@
 """Image features as conditions: the tokens of a frozen DINOv2 (arXiv:2304.07193) in the place of a prompt's."""
 
+from contextlib import nullcontext
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.autoencoder import no_autocast
 from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
+from common.precision import FrozenDtype, hold
 from common.pretrained import load_vision_model
 
 Tokens = Literal["all", "patch", "cls"]
@@ -18,7 +21,8 @@ class DinoFeatures(nn.Module):
 
     The image is resized bicubically with antialiasing, without a clamp of the overshoot, to whole patches, and
     ImageNet's mean and standard deviation are taken out. DINOv2 itself interpolates its position embeddings. Always in
-    eval mode and without a graph, and computed in fp32 whatever autocast says outside.
+    eval mode and without a graph. Weights held in float32 compute in float32, also under autocast. Weights held
+    in bfloat16 compute in the dtype of autocast, and in float32 without it.
 
     Args:
         pretrained: Hub id such as `facebook/dinov2-large`, folder as transformers saves it, `random:dinov2_large`, or
@@ -27,13 +31,21 @@ class DinoFeatures(nn.Module):
         size: Pixels of the shorter side at DINOv2's input, a multiple of its patch size (14), the other side in
             proportion; None for the image's own size. Either way a side becomes 14 * round(side / 14).
         seed: Of random weights; the global random state is neither read nor moved.
+        frozen_dtype: Dtype of the blocks' weights.
 
     Raises:
         ValueError: An argument is unknown or does not fit, or the model is no DINOv2.
         WeightsNotFoundError: The weights are not there and cannot be fetched.
     """
 
-    def __init__(self, pretrained: str, tokens: Tokens = "all", size: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        tokens: Tokens = "all",
+        size: int | None = None,
+        seed: int = 0,
+        frozen_dtype: FrozenDtype = "float32",
+    ) -> None:
         super().__init__()
         if tokens not in _SLICES:
             raise ValueError(f"tokens={tokens!r} is unknown; use one of {', '.join(_SLICES)}.")
@@ -44,6 +56,8 @@ class DinoFeatures(nn.Module):
         self.patch: int = config.patch_size
         if size is not None and (size < self.patch or size % self.patch):
             raise ValueError(f"size={size} must be a positive multiple of {self.patch}, DINOv2's patch size, or null.")
+        hold(self.model.encoder, frozen_dtype)  # without the patches' embedding, which sets the dtype of the rest
+        self.follows_autocast = frozen_dtype != "float32"
         self.tokens = tokens
         self.size = size
         self.width: int = config.hidden_size
@@ -69,18 +83,18 @@ class DinoFeatures(nn.Module):
             Features, (B, N, D), float32, without a graph; N as `num_tokens` says, CLS first.
 
         Raises:
-            ValueError: The module was cast to 16 bits, or `x_01` has another shape.
+            ValueError: `x_01` has another shape.
         """
-        dtype = self.model.dtype
-        if dtype.itemsize < 4:
-            raise ValueError(f"DINOv2 was cast to {dtype}; train with precision 'bf16-mixed' or '32'.")
         if x_01.ndim != 4 or x_01.shape[1] != 3:
             raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; (B, 3, H, W) is wanted.")
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
         x = x_01.to(dtype)
         mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             x = F.interpolate(x, self._input_size(*x.shape[-2:]), mode="bicubic", antialias=True)
-            hidden = self.model((x - mean) / std).last_hidden_state
+            x = ((x - mean) / std).to(self.model.dtype)
+        with nullcontext() if self.follows_autocast else no_autocast(x.device):
+            hidden = self.model(x).last_hidden_state.to(dtype)
         return hidden[:, _SLICES[self.tokens]]
 
     @staticmethod

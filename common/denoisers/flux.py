@@ -15,6 +15,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from common.precision import input_dtype
+
 FLUX_TARGETS: tuple[str, ...] = (
     "x_embedder",
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -74,7 +76,7 @@ class FluxDenoiser(nn.Module):
                 f"z_ref has shape {tuple(z_ref.shape)}, z_slot {tuple(z_slot.shape)}; resize the reference first."
             )
         batch, _, height, width = z_slot.shape
-        dtype, device = self.transformer.x_embedder.weight.dtype, z_slot.device  # the base's, not the adapters'
+        dtype, device = input_dtype(self.transformer.x_embedder), z_slot.device
         images = [z_slot] if z_ref is None else [z_slot, z_ref]
         times = t.to(device, dtype) if isinstance(t, Tensor) else torch.tensor([t], dtype=dtype, device=device)
         guided = self.transformer.config.guidance_embeds

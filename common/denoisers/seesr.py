@@ -21,6 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
 from torch import Tensor, nn
 
+from common.precision import input_dtype
 from common.pretrained import drawing_weights
 
 IMAGE_ATTENTIONS = "*.image_attentions.*"
@@ -232,7 +233,7 @@ class _SeeSRNetwork(ModelMixin):
 
     @property
     def _weight_dtype(self) -> torch.dtype:
-        return self.conv_in.weight.dtype  # the base's: adapters may be float32 on a bfloat16 base
+        return input_dtype(self.conv_in)
 
 
 class SeeSRUNet(_SeeSRNetwork, UNet2DConditionModel):

@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common.diffusion import NoiseSchedule
+from common.precision import input_dtype
 
 
 class Prediction(NamedTuple):
@@ -58,7 +59,7 @@ class UNetDenoiser(nn.Module):
         """
         if self.unet.config.addition_embed_type == "text_time" and added is None:
             raise ValueError("this U-Net is SDXL's and needs `added`; make it with sdxl_conditions(batch_size, ...).")
-        dtype = self.unet.conv_in.weight.dtype  # the base's: adapters may be float32 on a bfloat16 base
+        dtype = input_dtype(self.unet.conv_in)
         out = self.unet(
             z_t.to(dtype), t, prompt_embeds.to(dtype).expand(len(z_t), -1, -1), added_cond_kwargs=added
         ).sample.to(torch.promote_types(z_t.dtype, torch.float32))

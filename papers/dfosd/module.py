@@ -21,6 +21,7 @@ from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import ImageLoss, build_image_loss, discriminator_loss, generator_loss, mse
 from common.parameters import Row
+from common.precision import FrozenDtype, hold
 from common.pretrained import (
     drawing_weights,
     is_architecture_only,
@@ -72,6 +73,7 @@ class DFOSD(RestorationModule):
         accumulate: Batches whose gradients make one update.
         losses: Image losses that are added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
         losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
+        frozen_dtype: Dtype of frozen denoisers and of DINOv2; VAE, text encoders and networks of losses are float32.
     """
 
     trainable: ClassVar = {
@@ -117,8 +119,9 @@ class DFOSD(RestorationModule):
         accumulate: int = 1,
         losses: dict[str, float] | None = None,
         losses_weights: str = "pretrained",
+        frozen_dtype: FrozenDtype = "float32",
     ) -> None:
-        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights)
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights, frozen_dtype)
         self.save_hyperparameters()
         self.pretrained, self.timestep = pretrained, timestep
         self.lora_rank, self.lora_alpha, self.lora_time = lora_rank, lora_alpha, lora_time
@@ -148,6 +151,7 @@ class DFOSD(RestorationModule):
         unet = load_unet(self.pretrained)
         targets = (*OSEDIFF_TARGETS, *TIME_TARGETS) if self.lora_time else OSEDIFF_TARGETS
         add_lora(unet, self.lora_rank, self.lora_alpha, targets, seed=self.seed)
+        hold(unet, self.frozen_dtype)
         levels = len(unet.config.block_out_channels) - 1
         self.size_multiple = max(1, self.codec.downscale * 2**levels // self.scale)
         self.generator = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
@@ -203,6 +207,7 @@ class DFOSD(RestorationModule):
                 self.discriminator = NoiseAwareDiscriminator(
                     unet, self.lora_rank, self.lora_alpha, self.disc_hidden, self.seed + 1
                 )
+                hold(self.discriminator, self.frozen_dtype)
                 if self.disc_prompt == "own_learned":
                     self.disc_embedding = LearnedEmbedding(self.embedding_tokens, width)
                 elif self.disc_prompt == "empty":

@@ -19,6 +19,7 @@ from common.figures import agreement, figure_to_tensor, predicted_against_target
 from common.files import csv_text, replacing
 from common.images import bicubic_upsample, to_pm1
 from common.losses import build_image_loss, l1
+from common.precision import in_test_precision
 from common.pretrained import is_architecture_only
 from common.stages import Stage, digest
 from common.training import Batch, TrainingModule
@@ -229,14 +230,17 @@ class TimestepEstimation(TrainingModule):
         dataset = self._dataset_name(stage, dataloader_idx)
         self._rows += zip([dataset] * len(t), batch["name"], t.tolist(), t_hat.tolist(), strict=True)
 
+    @in_test_precision
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Compare prediction and target."""
         self._note("val", batch, dataloader_idx)
 
+    @in_test_precision
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Compare prediction and target."""
         self._note("test", batch, dataloader_idx)
 
+    @in_test_precision
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Predict."""
         self._note("predict", batch, dataloader_idx)
@@ -349,8 +353,8 @@ def read_restorer(path: str) -> tuple[Any, Stage]:
     from papers.dm_sr.module import DMSR
 
     checkpoint = read_stage(path, "restorer", "papers.dm_sr.DMSR")
-    names = ("pretrained", "prompt", "embedding", "scale", "seed")
-    given = {name: checkpoint["hyper_parameters"][name] for name in names}
+    names = ("pretrained", "prompt", "embedding", "scale", "seed", "frozen_dtype")
+    given = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in names}
     restorer = DMSR(**given, timestep=0, ema_decay=None)  # the estimator is not used
     restorer.inference_only = restorer.awaits_checkpoint = True
     restorer.configure_model()

@@ -29,6 +29,7 @@ from common.losses import (
     score_surrogate,
 )
 from common.parameters import Row
+from common.precision import FrozenDtype, hold
 from common.pretrained import (
     is_architecture_only,
     load_schedule_config,
@@ -106,6 +107,7 @@ class DMSR(RestorationModule):
         accumulate: Batches whose gradients make one update.
         losses: Image losses that are added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
         losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
+        frozen_dtype: Dtype of frozen denoisers and of DINOv2; VAE, text encoders and networks of losses are float32.
     """
 
     prompt_embeds: Tensor
@@ -156,8 +158,9 @@ class DMSR(RestorationModule):
         accumulate: int = 1,
         losses: dict[str, float] | None = None,
         losses_weights: str = "pretrained",
+        frozen_dtype: FrozenDtype = "float32",
     ) -> None:
-        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights)
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights, frozen_dtype)
         self.save_hyperparameters()
         self.pretrained, self.timestep, self.estimator_path = pretrained, timestep, estimator
         self.prompt, self.captioner_id, self.num_steps = prompt, captioner, num_steps
@@ -192,6 +195,7 @@ class DMSR(RestorationModule):
             raise ValueError(f"timestep={self.timestep} is out of range; set 0 .. {schedule.num_timesteps - 1}")
         self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
         unet = load_unet(self.pretrained)
+        hold(unet, self.frozen_dtype)
         self.denoiser = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
         levels = len(unet.config.block_out_channels) - 1
         self.size_multiple = max(1, self.codec.downscale * 2**levels // self.scale)

@@ -32,6 +32,7 @@ from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import ImageLoss, build_image_loss
 from common.metrics import to_uint8
 from common.parameters import Row, count
+from common.precision import hold
 from common.pretrained import DTYPES, architecture_only, is_architecture_only, load_diffusers_model, load_vae
 from common.restoration import RestorationModule
 
@@ -63,7 +64,6 @@ class FlowRestorer(RestorationModule):
 
     Args:
         pretrained: VAE, transformer and text encoders: hub id, diffusers folder, `tiny` or `random:<architecture>`.
-        base_dtype: Precision of the frozen transformer; adapters and VAE are float32.
         input: Latents in the step. `dual`: the noised low-quality latent is the image to make, the clean one the image
             to edit. `mix`: only the noised latent. `lr`: the clean latent is the image to make, without noise.
         t_mid: Time of the step, in (0, 1]; at 1 the noised latent is noise alone.
@@ -89,7 +89,7 @@ class FlowRestorer(RestorationModule):
         lr_scheduler: Learning-rate scheduler of the adapters, stepped once an update.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         **kwargs: As for every method: `scale`, `inference`, `seed`, `ema_decay`, `clip`, `accumulate`,
-            `losses`, `losses_weights`.
+            `losses`, `losses_weights`, `frozen_dtype`.
     """
 
     without_prompts = ", or set model.prompt to one text for all"
@@ -97,7 +97,6 @@ class FlowRestorer(RestorationModule):
     def __init__(
         self,
         pretrained: str = "black-forest-labs/FLUX.1-Kontext-dev",
-        base_dtype: Literal["float32", "bfloat16"] = "float32",
         input: Literal["dual", "mix", "lr"] = "dual",
         t_mid: float = 0.5,
         clean_estimate: Literal["slot", "z_lq"] = "slot",
@@ -121,7 +120,7 @@ class FlowRestorer(RestorationModule):
         super().__init__(**kwargs)
         if not 0 < t_mid <= 1:
             raise ValueError(f"t_mid={t_mid} is out of range; set a time above 0, 1 at most")
-        self.pretrained, self.base_dtype, self.input, self.t_mid = pretrained, base_dtype, input, t_mid
+        self.pretrained, self.input, self.t_mid = pretrained, input, t_mid
         self.clean_estimate, self.guidance = clean_estimate, guidance
         self.prompt, self.prompt_suffix, self.max_tokens = prompt, prompt_suffix, max_tokens
         self.keep_text_encoders, self.text_cache = keep_text_encoders, text_cache
@@ -138,8 +137,9 @@ class FlowRestorer(RestorationModule):
     def configure_networks(self) -> None:
         """Build VAE and transformer, both frozen."""
         self.codec = ImageCodec(load_vae(self.pretrained), self.gradient_checkpointing)
-        dtype = DTYPES[self.base_dtype]
+        dtype = DTYPES[self.frozen_dtype]  # 12 billion weights, which were published in bfloat16
         transformer = load_diffusers_model(FluxTransformer2DModel, self.pretrained, "transformer", dtype)
+        hold(transformer, self.frozen_dtype)
         if transformer.config.in_channels != 4 * self.codec.latent_channels:
             raise ValueError(
                 f"pretrained={self.pretrained}: the transformer takes tokens of {transformer.config.in_channels}, but "
@@ -178,7 +178,7 @@ class FlowRestorer(RestorationModule):
         with architecture_only():
             text = encode_flux_prompts(self.pretrained, [""], max_tokens=self.max_tokens)
         plan = {
-            f"transformer, {self.base_dtype}, once": _base_bytes(self.flow.transformer),
+            f"transformer, {self.frozen_dtype}, once": _base_bytes(self.flow.transformer),
             "VAE": _base_bytes(self.codec),
             "text of one caption (the encoders need not stay)": sum(part.nbytes for part in text),
         }

@@ -57,7 +57,7 @@ MOST_UNSCORED = 5
 """Train steps in a row with a reward that is not finite, after which a fit stops."""
 MOST_SAVED = 10
 """Batches with such a reward that one process saves; the others are only counted."""
-SHARED = ("pretrained", "base_dtype", "input", "t_mid", "clean_estimate", "guidance", "lora_rank", "lora_alpha")
+SHARED = ("pretrained", "frozen_dtype", "input", "t_mid", "clean_estimate", "guidance", "lora_rank", "lora_alpha")
 """Settings that must be stage 1's."""
 SHARED_IN_FIT = ("prompt_suffix", "max_tokens")
 """Settings that must be stage 1's in a fit of stage 2; a test may use others."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from common.conditioning.captions import Captioner
 from common.conditioning.features import DinoFeatures, Tokens
 from common.conditioning.text import encode_prompts, text_fingerprint
+from common.precision import FrozenDtype
 from common.stages import fingerprint
 
 Kind = Literal["features", "text"]
@@ -24,11 +25,19 @@ class FeatureCondition(nn.Module):
         tokens: Kind of tokens: `all`, `patch` or `cls`.
         size: Pixels of the shorter side at DINOv2's input; null for the image's own size.
         null: The null condition: `zeros`, or one `learned` token in every place.
+        frozen_dtype: Dtype of DINOv2's weights.
     """
 
-    def __init__(self, pretrained: str, tokens: Tokens = "all", size: int | None = None, null: Null = "zeros") -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        tokens: Tokens = "all",
+        size: int | None = None,
+        null: Null = "zeros",
+        frozen_dtype: FrozenDtype = "float32",
+    ) -> None:
         super().__init__()
-        self.features = DinoFeatures(pretrained, tokens, size)
+        self.features = DinoFeatures(pretrained, tokens, size, frozen_dtype=frozen_dtype)
         self.null_token = nn.Parameter(torch.zeros(1, 1, self.features.width)) if null == "learned" else None
 
     def forward(self, x_01: Tensor, prompts: list[str]) -> Tensor:

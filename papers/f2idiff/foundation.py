@@ -25,6 +25,7 @@ from common.files import inside
 from common.images import to_01, to_pm1, write_png
 from common.metrics import to_uint8
 from common.parameters import Row
+from common.precision import FrozenDtype, in_test_precision
 from common.pretrained import load_schedule_config, load_unet, load_vae
 from common.stages import digest, fingerprint
 from common.training import Batch, TrainingModule
@@ -63,6 +64,7 @@ class Foundation(TrainingModule):
         ema_decay: Decay of the average of the trained weights. Validation and stage B use the averaged weights.
         clip: Limit of the gradient norm; null for none.
         accumulate: Batches whose gradients make one update.
+        frozen_dtype: Dtype of DINOv2's weights.
     """
 
     trainable: ClassVar = {"unet": ("denoiser.unet.*", "condition.null_token")}
@@ -88,8 +90,9 @@ class Foundation(TrainingModule):
         ema_decay: float | None = 0.9999,
         clip: float | None = 1.0,
         accumulate: int = 1,
+        frozen_dtype: FrozenDtype = "float32",
     ) -> None:
-        super().__init__(seed, ema_decay, clip, accumulate)
+        super().__init__(seed, ema_decay, clip, accumulate, frozen_dtype)
         self.save_hyperparameters()
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout={condition_dropout} is out of range; set a share, 0 .. 1")
@@ -117,7 +120,7 @@ class Foundation(TrainingModule):
             )
         self.size_multiple = self.codec.downscale * 2 ** (len(unet.config.block_out_channels) - 1)
         self.condition: Condition = (
-            FeatureCondition(self.features, self.feature_tokens, self.feature_size, self.null_kind)
+            FeatureCondition(self.features, self.feature_tokens, self.feature_size, self.null_kind, self.frozen_dtype)
             if self.kind == "features"
             else TextCondition(self.text_encoder, unet.config.cross_attention_dim)
         )
@@ -210,14 +213,17 @@ class Foundation(TrainingModule):
             )
         return x_01[..., :height, :width]
 
+    @in_test_precision
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Denoising loss of the averaged weights, with fixed noise."""
         self._losses("val", batch, dataloader_idx)
 
+    @in_test_precision
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Denoising loss of the averaged weights on test images, with fixed noise."""
         self._losses("test", batch, dataloader_idx)
 
+    @in_test_precision
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Draw an image from the condition of each image of a batch (its features, or its prompt), as PNG."""
         images = self.draw(self._cut(batch["lq"]), batch["prompt"], self.guidance)
@@ -233,6 +239,7 @@ class Foundation(TrainingModule):
         return [inside(folder, f"{name}.png") for name in names]
 
     @torch.no_grad()
+    @in_test_precision
     def draw(self, x_01: Tensor, prompts: list[str], guidance: float) -> Tensor:
         """Sample images by the condition of images (B,3,H,W) in [0,1]; same shape and range, the same at every call."""
         assert self.denoiser is not None

@@ -27,6 +27,7 @@ from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
 from common.losses import ImageLoss, build_image_loss, mse, vsd_gradient, vsd_loss
 from common.parameters import Row
+from common.precision import FrozenDtype, hold
 from common.pretrained import (
     is_architecture_only,
     load_schedule_config,
@@ -92,6 +93,7 @@ class F2IDiffSR(RestorationModule):
         accumulate: Batches whose gradients make one update.
         losses: Image losses that are added to the paper's, by name and weight, e.g. `{ea_dists: 0.5}`.
         losses_weights: Weights of the added losses' networks: `pretrained`, `random` or a path.
+        frozen_dtype: Dtype of frozen denoisers and of DINOv2; VAE, text encoders and networks of losses are float32.
     """
 
     trainable: ClassVar = {
@@ -147,8 +149,9 @@ class F2IDiffSR(RestorationModule):
         accumulate: int = 1,
         losses: dict[str, float] | None = None,
         losses_weights: str = "pretrained",
+        frozen_dtype: FrozenDtype = "float32",
     ) -> None:
-        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights)
+        super().__init__(scale, inference, seed, ema_decay, clip, accumulate, losses, losses_weights, frozen_dtype)
         self.save_hyperparameters()
         if negative_prompt and condition != "text":
             raise ValueError(
@@ -196,6 +199,7 @@ class F2IDiffSR(RestorationModule):
         self._spare = [copy.deepcopy(unet)] if self.lambda_vsd and self.builds_training() else []
         add_lora(unet, self.lora_rank, self.lora_alpha, OSEDIFF_TARGETS, seed=self.seed)
         unet.conv_in.base_layer.requires_grad_(self.train_conv_in)
+        hold(unet, self.frozen_dtype)
         self.size_multiple = max(1, self.codec.downscale * 2 ** (len(unet.config.block_out_channels) - 1) // self.scale)
         self.generator = UNetDenoiser(unet, schedule, self.gradient_checkpointing)
         self._configure_condition(opened.null_token, unet.config.cross_attention_dim)
@@ -213,6 +217,7 @@ class F2IDiffSR(RestorationModule):
             base = self._spare.pop() if self._spare else self._open_unet().unet
             targets = OSEDIFF_TARGETS if self.reg_targets == "all" else targets_in(base, self.reg_targets)
             add_lora(base, self.lora_rank, self.lora_alpha, targets, seed=self.seed + 1)
+            hold(base, self.frozen_dtype)
             self.prior = UNetDenoiser(base, self.generator.schedule, self.gradient_checkpointing)
         if self.perceptual != "none":
             weights = "random" if is_architecture_only() else self.perceptual_weights
@@ -232,7 +237,9 @@ class F2IDiffSR(RestorationModule):
             self.condition = TextCondition(self.text_encoder, width, self.captioner, self.negative_prompt)
             return
         null: Literal["zeros", "learned"] = "zeros" if null_token is None else "learned"
-        self.condition = FeatureCondition(self.features, self.feature_tokens, self.feature_size, null)
+        self.condition = FeatureCondition(
+            self.features, self.feature_tokens, self.feature_size, null, self.frozen_dtype
+        )
         if self.condition.features.width != width:
             raise ValueError(
                 f"features={self.features} are {self.condition.features.width} wide, the U-Net's cross-attention "

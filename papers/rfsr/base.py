@@ -14,6 +14,7 @@ from common.adapters import adapter_names, merge
 from common.draws import Draws, generator
 from common.images import to_01, to_pm1
 from common.parameters import Row
+from common.precision import hold
 from common.restoration import RestorationModule
 from common.training import Batch
 from papers.rfsr.bases import Base, Conditions, Description
@@ -31,7 +32,7 @@ class BaseSR(RestorationModule):
         optimizer: Optimiser of the trained parameters.
         lr_scheduler: Learning-rate scheduler, stepped once an update.
         **kwargs: As for every method: `scale`, `inference`, `seed` (at test time every image is given the same noise),
-            `ema_decay`, `clip`, `accumulate`, `losses`, `losses_weights`.
+            `ema_decay`, `clip`, `accumulate`, `losses`, `losses_weights`, `frozen_dtype`.
     """
 
     trainable: ClassVar = {"generator": ("base.controlnet.*",)}
@@ -66,6 +67,8 @@ class BaseSR(RestorationModule):
         self.size_multiple = max(1, self.base.codec.downscale * 2 ** (levels - 1) // self.scale)
         for parameter in self.all_trainable().values():
             parameter.requires_grad_(True)
+        for network in (self.base.unet, self.base.controlnet):
+            hold(network, self.frozen_dtype)
 
     def adapt(self) -> None:
         """Change the networks before the trained parameters are chosen; a plain base changes nothing."""

@@ -19,6 +19,7 @@ from common.denoisers.seesr import SEESR_TRAINED, Residuals, SeeSRControlNet, Se
 from common.diffusion import NoiseSchedule
 from common.images import bicubic_upsample, to_pm1
 from common.parameters import Row
+from common.precision import input_dtype
 from common.pretrained import (
     drawing_weights,
     is_architecture_only,
@@ -317,14 +318,14 @@ class ControlNet(Base):
 
     def residuals(self, z_t: Tensor, t: int | Tensor, c: Conditions) -> Residuals:
         """Run the ControlNet."""
-        dtype = self.controlnet.conv_in.weight.dtype
+        dtype = input_dtype(self.controlnet.conv_in)
         e_txt = c.description.e_txt.to(dtype).expand(len(z_t), -1, -1)
         down, mid = self.controlnet(z_t.to(dtype), t, e_txt, c.control.to(dtype), return_dict=False)
         return Residuals(tuple(down), mid)
 
     def denoise(self, z_t: Tensor, t: int | Tensor, c: Conditions, residuals: Residuals) -> Tensor:
         """Run the U-Net."""
-        dtype = self.unet.conv_in.weight.dtype
+        dtype = input_dtype(self.unet.conv_in)
         eps: Tensor = self.unet(
             z_t.to(dtype),
             t,

@@ -64,6 +64,7 @@ class Start(nn.Module):
     def _exchange(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for start, parameter in zip(self.values, parameters.values(), strict=True):
             start.data, parameter.data = parameter.data, start.data
+        torch.clear_autocast_cache()  # it holds 16-bit copies of the values before
 
 
 def _trainable_by(reward: Reward) -> Reward:

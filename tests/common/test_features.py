@@ -154,9 +154,29 @@ class TestForward:
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
 
-    def test_a_cast_to_16_bits_is_refused(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match=r"cast to torch\.bfloat16; train with precision 'bf16-mixed'"):
-            DinoFeatures(str(folder)).bfloat16()(images(1, 3, 42, 42))
+    def test_held_in_bfloat16_it_computes_as_autocast_says(self, folder: Path) -> None:
+        held, plain, x_01 = (
+            DinoFeatures(str(folder), frozen_dtype="bfloat16"),
+            DinoFeatures(str(folder)),
+            images(1, 3, 42, 42),
+        )
+        types = {name.rpartition(".")[0].rpartition(".")[2]: p.dtype for name, p in held.named_parameters()}
+        assert {types[name] for name in ("q_proj", "fc1", "fc2")} == {torch.bfloat16}
+        assert {types[name] for name in ("norm1", "layernorm", "projection")} == {torch.float32}
+        expected, exact = plain(x_01), held(x_01)
+        plain.follows_autocast = True
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = held(x_01)
+            assert torch.equal(rough, plain(x_01))
+        assert exact.dtype == rough.dtype == torch.float32
+        errors = [float((found - expected).norm() / expected.norm()) for found in (exact, rough)]
+        assert 0 < errors[0] < errors[1] < 0.01
+
+    def test_cast_to_16_bits_as_a_whole_it_still_gives_fp32(self, folder: Path) -> None:
+        x_01 = images(1, 3, 42, 42)
+        expected, found = DinoFeatures(str(folder))(x_01), DinoFeatures(str(folder)).bfloat16()(x_01)
+        assert found.dtype == torch.float32
+        assert 0 < float((found - expected).norm() / expected.norm()) < 0.02
 
     def test_other_shapes_than_batches_of_images_are_refused(self, folder: Path) -> None:
         features = DinoFeatures(str(folder))

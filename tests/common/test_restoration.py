@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -253,6 +254,24 @@ class TestTraining:
         moved = torch.cat([(weights(toy)[k] - before[k]).flatten() for k in before if k.startswith("net")])
         assert float(moved.norm()) == pytest.approx(0.1 * 1e-2, rel=1e-2)
 
+    def test_under_autocast_a_second_update_of_a_step_starts_from_the_first_ones_weights(self, trainer: Any) -> None:
+        """Autocast keeps 16-bit copies of weights that require gradients, also across an optimiser's step."""
+        outputs = []
+
+        class Twice(Toy):
+            def training_step(self, batch: Batch, batch_idx: int) -> None:
+                for _ in range(2):
+                    with self.turn("generator") as update:
+                        outputs.append(self.net(batch["lq"]))
+                        update(outputs[-1].float().square().mean())
+                outputs.append(copy.deepcopy(self.net)(batch["lq"]))
+
+        trainer(max_steps=1, precision="bf16-mixed").fit(Twice(), loader(2))
+        first, second, third = outputs
+        assert first.dtype == torch.bfloat16
+        assert float((first - second).abs().max()) > 0.01
+        assert float((second - third).abs().max()) > 0.01
+
     def test_schedulers_advance_once_an_update_of_their_own_optimiser(self, trainer: Any) -> None:
         class Scheduled(Toy):
             def configure_optimizers(self) -> Any:
@@ -478,6 +497,52 @@ class TestImages:
         assert predict(stop_after=7) == 7
         assert predict(prompt="a cat") == 20, "and tiles of another condition"
         assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "a.png"]
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("trained_in", ["32-true", "bf16-mixed"])
+    def test_validation_test_prediction_and_upscale_compute_in_test_precision(
+        self, trainer: Any, tmp_path: Path, precision: str, trained_in: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[torch.dtype] = []
+        said: list[str] = []
+        monkeypatch.setattr("common.training.rank_zero_info", said.append)
+
+        class Watched(Sharpened):
+            def restore(self, x_lq: Tensor, conditions: Any) -> Tensor:
+                seen.append(self.net(x_lq).dtype)
+                return super().restore(x_lq, conditions)
+
+            def training_step(self, batch: Batch, batch_idx: int) -> None:
+                trained.append(self.net(batch["lq"]).dtype)
+                super().training_step(batch, batch_idx)
+
+        settings = {"color_fix": "none", "tile": 32, "overlap": 8, "test_precision": precision}
+        toy, expected, trained = Watched(inference=Inference(**settings)), getattr(torch, precision), []
+        toy.results_dir = tmp_path
+        fits = trainer(precision=trained_in, max_steps=1, val_check_interval=1)
+        fits.fit(toy, loader(2), loader(2))
+        fits.test(toy, loader(2))
+        trainer(precision=trained_in).predict(toy, loader(1, hq=False))
+        toy.inference.large = 1e-6
+        trainer(precision=trained_in).predict(toy, loader(1, hq=False, name="big"))
+        toy.upscale(torch.rand(1, 3, 8, 8), [""])
+        assert set(seen) == {expected}
+        assert len(seen) == 5
+        assert bool(said) == (trained_in == "bf16-mixed")
+        assert all("bf16-mixed holds for training steps" in line and line.endswith(precision) for line in said)
+        assert trained == [torch.float32 if trained_in == "32-true" else torch.bfloat16]
+
+    def test_tiles_of_another_test_precision_are_thrown_away(self, trainer: Any, tmp_path: Path) -> None:
+        data = [{"lq": torch.rand(3, 21, 30), "prompt": "", "name": "a", "index": 0}]
+        counts = []
+        for precision, stop_after in (("float32", 7), ("bfloat16", None)):
+            settings = {"color_fix": "none", "tile": 32, "overlap": 8, "large": 1e-3, "test_precision": precision}
+            toy = Sharpened(inference=Inference(**settings))
+            toy.stop_after, toy.results_dir = stop_after, tmp_path
+            with pytest.raises(KilledError) if stop_after else nullcontext():
+                trainer().predict(toy, DataLoader(data))
+            counts.append(toy.tiles)
+        assert counts == [7, 20]
 
     def test_images_that_are_there_are_left_alone_where_that_is_asked_for(
         self, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -78,6 +78,11 @@ CASES = {
         weights=DNF,
     ),
     "f2idiff_sr": Case("f2idiff/f2idiff_sr", ("optimizer", "reg_optimizer"), ("--trainer.limit_val_batches=0",)),
+    "f2idiff_sr, held in bfloat16": Case(
+        "f2idiff/f2idiff_sr",
+        ("optimizer", "reg_optimizer"),
+        ("--trainer.limit_val_batches=0", "--model.frozen_dtype=bfloat16", "--name=held"),
+    ),
     "rfsr": Case("rfsr/rfsr", options=("--trainer.limit_val_batches=0",)),
 }
 

@@ -15,16 +15,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import ControlNetModel, FluxTransformer2DModel, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import Dinov2Model
 
 from common.metrics import to_uint8
 from launch import lightning_cli
 from launch.cli import main
 from launch.demo import DemoRow
 from launch.lightning_cli import IsrCLI
+from launch.parameters import build
 from launch.runs import config_run_name
 
 from ..command_line import ParseOnly, run, shell_of_all
@@ -279,12 +282,40 @@ class TestDemo:
         monkeypatch.setattr(type(module), "configure_training", lambda self: pytest.fail("built for a prediction"))
         common = ["predict", "-c", fits.config, "--runs", fits.runs, "--trainer.enable_progress_bar=false"]
         files = ["--ckpt_path", fits.whole.last, "--data.predict", tmp_path / "in", "--output", tmp_path / "out"]
-        lean = isr(*common, *files).module
+        lean = isr(*common, *files, "--trainer.precision=bf16-mixed").module  # predicts in test_precision all the same
         assert not {name for name, _ in lean.named_children()} & set(module.training_only)
         x_lq = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
         with module.ema.swapped(module.all_trainable()) if module.ema is not None else nullcontext():
             expected = to_uint8(module.upscale(x_lq, [""]).sr)[0].permute(1, 2, 0).numpy()
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a.png")), expected)
+
+    @pytest.mark.long
+    def test_frozen_weights_held_in_bfloat16_train_as_float32_ones_do_and_resume(
+        self, fits: Fits, tmp_path: Path
+    ) -> None:
+        """Bit by bit under bf16-mixed, but for DINOv2, which computes in float32 otherwise, and FLUX's new adapters."""
+
+        def fit(config: Path, dtype: str, steps: int, *more: object) -> Run:
+            held = [] if "TimestepEstimation" in config.read_text() else [f"--model.frozen_dtype={dtype}"]
+            common = ["fit", "-c", config, "--runs", tmp_path / dtype, *SMALL, "--trainer.precision=bf16-mixed"]
+            return isr(*common, *held, f"--trainer.max_steps={steps}", f"--name={config_run_name(config)}", *more)
+
+        for before in DEMOS:
+            if f"runs/{before.parents[2].name}/{config_run_name(before)}" in fits.config.read_text():
+                fit(before, "float32", 1)
+                fit(before, "bfloat16", 1)
+        plain, held = fit(fits.config, "float32", 2), fit(fits.config, "bfloat16", 2)
+        half = fit(fits.config, "bfloat16", 1)
+        resumed = fit(fits.config, "bfloat16", 2, "--ckpt_path", half.last)
+        for name, value in held.final.items():
+            assert torch.equal(value, resumed.final[name]), name
+        for one, other in zip(half.metrics + resumed.metrics, held.metrics, strict=True):
+            assert one.items() <= other.items()
+        trained = held.module.all_trainable()
+        assert {held.final[name].dtype for name in trained} == {torch.float32}
+        if fits.config.parents[2].name in ("dfosd", "dm_sr", "rfsr") or "t2idiff" in fits.config.name:
+            assert held.metrics == plain.metrics
+            assert all(torch.equal(held.final[name], plain.final[name]) for name in trained)
 
     def test_the_output_lies_in_0_to_1(self, fits: Fits) -> None:
         if fits.config not in METHODS:
@@ -321,6 +352,19 @@ class TestConfigs:
             for key, value in given.items():
                 if isinstance(value, str | int | bool):
                     assert parsed[section].init_args[key] == value, key
+
+    @pytest.mark.long
+    @pytest.mark.parametrize(
+        "config", [config for config in CONFIGS if "precision: bf16-mixed" in config.read_text()], ids=label
+    )
+    def test_at_paper_scale_frozen_denoisers_and_dinov2_are_held_in_bfloat16(self, config: Path) -> None:
+        for network in build([config]).modules():
+            if isinstance(network, UNet2DConditionModel | ControlNetModel | FluxTransformer2DModel | Dinov2Model):
+                weights = [p for p in network.parameters() if p.ndim > 1]
+                frozen = [p for p in weights if not p.requires_grad]
+                held = sum(p.numel() for p in frozen if p.dtype == torch.bfloat16)
+                assert held >= 0.98 * sum(p.numel() for p in frozen), type(network).__name__
+                assert {p.dtype for p in weights if p.requires_grad} <= {torch.float32}
 
 
 def resolve(dotted: str) -> object:

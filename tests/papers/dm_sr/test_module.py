@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.conditioning.text import encode_prompts
 from common.losses import LatentLPIPS
@@ -228,13 +229,13 @@ def loader(batches: list[Batch]) -> Any:
     return torch.utils.data.DataLoader(data, batch_size=None)
 
 
-def train(model: DMSR, batch: Batch, steps: int = 1, known: bool = True) -> Run:
+def train(model: DMSR, batch: Batch, steps: int = 1, known: bool = True, **options: Any) -> Run:
     model.configure_model()
     if known:
         model.draws = lambda batch: Known()  # type: ignore[method-assign, assignment, return-value]  # a stand-in
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tape, discriminator = Tape(), copy.deepcopy(model.discriminator)
-    trainer = trainer_with(tape, max_steps=steps)
+    trainer = trainer_with(tape, max_steps=steps, **options)
     trainer.fit(model, loader([batch] * steps * model.accumulate))
     assert trainer.global_step == steps
     assert int(model.train_step) == steps * model.accumulate
@@ -1065,3 +1066,36 @@ class TestWholeness:
         if change == "altered":
             checkpoint["state_dict"]["estimator.head.weight"] *= -1
             torch.save(checkpoint, own)
+
+
+def test_held_weights_are_not_cast_in_a_step_that_casts_float32_ones_at_every_call(
+    sd: str, stage1: str, batch: Batch
+) -> None:
+    """Frozen weights are not in autocast's cache: a step's four calls of the denoiser cast them four times."""
+
+    class Casts(TorchDispatchMode):
+        counted = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.counted += "_to_copy" in str(func) and args[0].data_ptr() in weights
+            return func(*args, **(kwargs or {}))
+
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model = configured(sd, estimator=stage1, lambda_per=0.0, lambda_adv=0.0, frozen_dtype=dtype)
+        frozen = [p for p in model.denoiser.unet.parameters() if p.ndim == 4]
+        weights, casts = {p.data_ptr() for p in frozen}, Casts()
+        step = model.training_step
+
+        def counted(*args: Any, casts: Casts = casts, step: Any = step) -> None:
+            with casts:
+                step(*args)
+
+        model.training_step = counted  # type: ignore[method-assign]
+        run = train(model, batch, precision="bf16-mixed")
+        found[dtype] = (casts.counted, run.metrics, {name: p.detach().clone() for name, p in model.named_parameters()})
+    assert found["float32"][0] == 4 * len(frozen)
+    assert found["bfloat16"][0] == 0
+    assert found["float32"][1] == found["bfloat16"][1]
+    trained = model.all_trainable()
+    assert all(torch.equal(found["float32"][2][name], found["bfloat16"][2][name]) for name in trained)

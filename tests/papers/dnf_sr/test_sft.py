@@ -348,10 +348,12 @@ class TestGradients:
 
 
 def test_a_base_in_bfloat16_has_adapters_in_float32(make: Make, batch: Batch) -> None:
-    model = make(base_dtype="bfloat16", optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))
+    model = make(frozen_dtype="bfloat16", optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))
     assert model.flow is not None
     types = {("lora_" in name, p.dtype) for name, p in model.flow.transformer.named_parameters()}
-    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+    assert types == {(True, torch.float32), (False, torch.bfloat16), (False, torch.float32)}
+    norms = [p.dtype for name, p in model.flow.transformer.named_parameters() if "norm_q" in name]
+    assert set(norms) == {torch.float32}
     run = train(model, batch, precision="bf16-mixed")
     assert all(g.isfinite().all() and g.dtype == torch.float32 for grads in run.tape.grads for g in grads.values())
     assert run.metrics["train/loss"] == pytest.approx(train(make(), batch).metrics["train/loss"], rel=0.05)

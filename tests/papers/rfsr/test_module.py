@@ -546,6 +546,19 @@ class TestReference:
         assert digest(model) == before
         assert all(torch.equal(value, model.ema.average[name]) for name, value in average.items())
 
+    def test_under_autocast_it_is_the_untouched_base_too(self, make: Make, disturb: Disturb, batch: Batch) -> None:
+        """Autocast's 16-bit copies of trained weights are theta's, whose storages theta' takes for a while."""
+        model, z = disturb(make("plain", trained="full")), torch.randn(2, 4, 8, 8)
+        with torch.no_grad():
+            c = see(model, low(batch), batch["prompt"])
+            with torch.autocast("cpu", torch.bfloat16):
+                alone = model.reference(z, 101, c).eps
+            with torch.autocast("cpu", torch.bfloat16):
+                own = model.base.predict(z, 101, c)  # as the rollout does before
+                assert torch.equal(model.reference(z, 101, c).eps, alone)
+                assert torch.equal(model.base.predict(z, 101, c), own)
+        assert float((own - alone).abs().max()) > 0.1
+
     def test_an_adapters_start_is_its_base(self, make: Make, sd: str, seesr: str, batch: Batch) -> None:
         model = make("seesr", regulariser="lora", optimizer=ADAM)
         train(model, batch, LATE, steps=2)
