@@ -9,6 +9,7 @@ import csv
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -32,6 +33,7 @@ from papers.rfsr.base import BaseSR
 from papers.rfsr.bases import Base, Conditions, Description
 from papers.rfsr.drift import plot_drift
 from papers.rfsr.sampling import advance, bands, trained_steps
+from papers.rfsr.tags import TagFiles
 
 log = logging.getLogger(__name__)
 
@@ -243,6 +245,7 @@ class RFSR(BaseSR):
     def on_fit_start(self) -> None:
         """Fetch the rewards' weights before the first step, and start the average at the starting weights."""
         super().on_fit_start()
+        self._check_tags()
         if self.ema is not None and not self.ema.average:
             self.ema.start(self.all_trainable())
         for reward in self.rewards.values():
@@ -256,6 +259,19 @@ class RFSR(BaseSR):
             elif reward.prompted and self.base.text_source == "data":
                 self.check_prompts(f"rewards={reward.name}")
             reward.load(self.device)
+
+    def _check_tags(self) -> None:
+        """Refuse files of tags that lack validation images now, not when their turn comes in the middle of the run."""
+        tagger, datamodule = getattr(self.base, "tagger", None), getattr(self.trainer, "datamodule", None)
+        if isinstance(tagger, TagFiles) and datamodule is not None and self.trainer.enable_validation:
+            limit = self.trainer.limit_val_batches
+            loaders: list[Any] = datamodule.val_dataloader()
+            samples = (
+                loader.dataset[index]
+                for loader in loaders
+                for index in islice(loader.sampler, limit if isinstance(limit, int) else None)
+            )
+            tagger.check((sample["name"], sample["lq"].float() / 255) for sample in samples)
 
     def start_from(self, path: str | Path) -> None:
         """Start a fit from a checkpoint's trained weights. theta' is that checkpoint's; of a base, its own weights."""

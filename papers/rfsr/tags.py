@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +54,7 @@ class TagFiles(Tagger):
             FileNotFoundError: An image has no file.
         """
         tags, tokens = [], []
-        for name in map(fingerprint, x_lq):
-            path = self.folder / f"{name}.safetensors"
+        for path in map(self._file, x_lq):
             if not path.is_file():
                 raise FileNotFoundError(
                     f"tagger.folder={self.folder} has no {path.name} for an image of {x_lq.shape[-1]} x "
@@ -65,6 +64,27 @@ class TagFiles(Tagger):
                 tokens.append(file.get_tensor("e_img"))
                 tags.append((file.metadata() or {}).get("tags", ""))
         return Seen(tags, torch.stack(tokens).to(x_lq.device))
+
+    def _file(self, image: Tensor) -> Path:
+        return self.folder / f"{fingerprint(image)}.safetensors"
+
+    def check(self, images: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse a folder that does not cover images.
+
+        Args:
+            images: Name and low-quality image (3,h,w), [0,1].
+
+        Raises:
+            FileNotFoundError: Some have no file; the first five are named.
+        """
+        names = [(name, self._file(image).is_file()) for name, image in images]
+        lacking = [name for name, there in names if not there]
+        if lacking:
+            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+            raise FileNotFoundError(
+                f"tagger.folder={self.folder} has no file for {len(lacking)} of {len(names)} validation images: "
+                f"{', '.join(lacking[:5])}{more}; write DAPE's answers for these images with papers.rfsr.write_tags"
+            )
 
 
 class Untagged(Tagger):

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.photos import CAPTIONS, PHOTOS, photo_paths
 from launch.cli import main
 
 from ..command_line import ENVIRONMENT, ROOT, run, shell, shell_of_all
@@ -56,7 +58,7 @@ class Case:
             # Plain descent is linear in the gradient; Adam would blow rounding up where a gradient is next to nothing.
             *(f"--model.{name}=torch.optim.SGD" for name in self.optimizers),
             *(f"--model.{name}.init_args.lr=0.1" for name in self.optimizers),
-            *self.options,
+            *(option.replace("{runs}", str(runs)) for option in self.options),
         ]
 
 
@@ -85,12 +87,47 @@ CASES = {
     ),
     "rfsr": Case("rfsr/rfsr", options=("--trainer.limit_val_batches=0",)),
 }
+PART = "{{source: {runs}/../photos, first: {first}, weight: {weight}}}"
+LONG_CASES = {
+    "nft_kl": Case(
+        "dnf_sr/nf2t",
+        options=(*NFT, "--model.variant=nft", "--model.nft_kl=1", "--model.updates_per_rollout=K", "--name=kl"),
+        before=("sft", "sft"),
+        rel=5e-3,
+        weights=DNF,
+    ),
+    "text_cache": Case(
+        "dnf_sr/sft",
+        ("optimizer", "disc_optimizer"),
+        (
+            "--trainer.limit_val_batches=0",
+            "--model.keep_text_encoders=false",
+            "--model.text_cache={runs}/texts",
+            "--name=texts",
+        ),
+        rel=5e-3,
+        weights=DNF,
+    ),
+    **{
+        flips: Case(
+            "dm_sr/estimator",
+            options=(
+                f"--data.flips={flips}",
+                f"--data.train=[{PART.format(runs='{runs}', first=2, weight=3)}, "
+                f"{PART.format(runs='{runs}', first=1, weight=1)}]",
+                f"--name={flips}",
+            ),
+        )
+        for flips in ("none", "horizontal")
+    },
+}
 
 
 def version(runs: Path, case: str) -> Path:
     """Folder of a case's run."""
-    paper, row = CASES[case].demo.split("/")
-    named = [option.partition("=")[2] for option in CASES[case].options if option.startswith("--name=")]
+    here = (CASES | LONG_CASES)[case]
+    paper, row = here.demo.split("/")
+    named = [option.partition("=")[2] for option in here.options if option.startswith("--name=")]
     return runs / paper / (named[0] if named else f"demo-{row}") / "version_0"
 
 
@@ -123,12 +160,26 @@ def in_two(commands: list[list[str]]) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the runs of `one` process and of `two`; those start once, since that takes longer than the fits."""
-    folder = tmp_path_factory.mktemp("runs")
-    for stage in sorted({case.before[0] for case in CASES.values() if case.before}):
+    return in_one_and_in_two(tmp_path_factory.mktemp("runs"), CASES)
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the long cases, with a folder of photos."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "photos").mkdir()
+    for path in list(photo_paths("train").values())[:3]:
+        shutil.copy(path, folder / "photos")
+    return in_one_and_in_two(folder, LONG_CASES)
+
+
+def in_one_and_in_two(folder: Path, cases: dict[str, Case]) -> Path:
+    """Fit what the cases build on, then each of them in one process and in two."""
+    for stage in sorted({case.before[0] for case in cases.values() if case.before}):
         assert main(CASES[stage].fit(folder / "before", 4, steps=1)) == 0
-    for case in CASES.values():
+    for case in cases.values():
         assert main(case.fit(folder / "one", 4)) == 0
-    in_two([case.fit(folder / "two", 2) for case in CASES.values()])
+    in_two([case.fit(folder / "two", 2) for case in cases.values()])
     return folder
 
 
@@ -141,16 +192,52 @@ def curves(folder: Path) -> dict[str, list[float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one_with_twice_the_batch(case: str, runs: Path) -> None:
+    compare(case, CASES[case], runs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LONG_CASES)
+def test_two_processes_are_one_with_an_option_too(case: str, long_runs: Path) -> None:
+    compare(case, LONG_CASES[case], long_runs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LONG_CASES)
+def test_a_resumed_run_is_the_one_that_went_on(case: str, long_runs: Path) -> None:
+    fit = [*LONG_CASES[case].fit(long_runs / "half", 4), "--checkpoint.every_n_train_steps=1"]
+    assert main([*fit, "--trainer.max_steps=1"]) == 0
+    half = checkpoint(long_runs / "half", case)
+    assert int(torch.load(half, weights_only=True)["state_dict"]["train_step"]) == 1
+    assert main([*fit, "--ckpt_path", str(half)]) == 0
+    newest = max(version(long_runs / "half", case).parent.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    states = [torch.load(path, weights_only=True) for path in (checkpoint(long_runs / "one", case), newest)]
+    assert states[0]["state_dict"].keys() == states[1]["state_dict"].keys()
+    for name, value in states[0]["state_dict"].items():
+        assert torch.equal(states[1]["state_dict"][name], value), name
+
+
+@pytest.mark.long
+def test_processes_share_the_texts_that_they_encode(long_runs: Path) -> None:
+    one, two = ({file.name: load_file(file) for file in (long_runs / n / "texts").iterdir()} for n in ("one", "two"))
+    assert two.keys() == one.keys()
+    assert len(one) == len(set(CAPTIONS[photo.name] for split in ("train", "val") for photo in PHOTOS[split]))
+    for name, parts in one.items():
+        for part, value in parts.items():
+            torch.testing.assert_close(two[name][part], value)
+
+
+def compare(case: str, of: Case, runs: Path) -> None:
+    """Curves and weights of one process and of two."""
     one, two = (version(runs / name, case) for name in ("one", "two"))
     assert (two / "run.json").is_file()
     expected, got = curves(one), curves(two)
     assert set(got) == set(expected)
     for tag, values in expected.items():
-        assert got[tag] == pytest.approx(values, rel=CASES[case].rel, abs=1e-5), tag
+        assert got[tag] == pytest.approx(values, rel=of.rel, abs=1e-5), tag
     states = [torch.load(checkpoint(runs / name, case), weights_only=True)["state_dict"] for name in ("one", "two")]
     assert [int(state["train_step"]) for state in states] == [3, 3]
     assert states[0].keys() == states[1].keys()
-    rtol, atol = CASES[case].weights
+    rtol, atol = of.weights
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=rtol, atol=atol)
 

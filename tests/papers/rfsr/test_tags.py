@@ -1,10 +1,18 @@
 """Files of what a tagger said, found by an image's pixels."""
 
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import papers.rfsr
+from data import SRData
+from launch.cli import main
 from papers.rfsr import TagFiles, Untagged, write_tags
 from papers.rfsr.tags import fingerprint
 
@@ -57,3 +65,60 @@ def test_untagged_says_nothing_in_the_shape_of_dapes_tokens() -> None:
     assert seen.texts == ["", ""]
     assert seen.e_img.shape == (2, 145, 512)
     assert not seen.e_img.any()
+
+
+TAGGER = """(
+            [f"{len(x)} px, {x.mean():.4f}" for x in x_lq.flatten(1)], x_lq.mean((2, 3))[:, :1, None].expand(-1, 5, 10)
+        )"""
+
+
+@pytest.fixture
+def fit(sd: str, seesr: str, tmp_path: Path) -> list[str]:
+    """One step of the card's demo on a small SeeSR, with a validation set of two crops."""
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        pixels = np.random.default_rng(len(name)).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "photo.png")
+    base = {"pretrained": sd, "networks": seesr, "sampler": "ddim", "steps": 2, "cfg_scale": 1}
+    return [
+        *("fit", "-c", str(Path(papers.rfsr.__file__).parent / "configs/demo/02_rfsr.yaml")),
+        *("--runs", str(tmp_path / "runs"), "--name=tags", "--data=data.SRData", f"--data.train={tmp_path}/train"),
+        *(f"--data.val={tmp_path}/val", "--data.crop_size=32", "--data.batch_size=1", "--data.num_workers=0"),
+        *("--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false"),
+        *("--data.batches_per_epoch=1", "--model.inference.color_fix=none"),
+        "--model.base=papers.rfsr.SeeSR",
+        *(f"--model.base.init_args.{name}={value}" for name, value in base.items()),
+    ]
+
+
+def test_the_cards_recipe_for_tags_trains_and_its_files_are_checked_at_the_start(
+    fit: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (Path(papers.rfsr.__file__).parent / "README.md").read_text()
+    recipe = card[card.index("**Tags.**") :]
+    found = re.search(r"```python\n(.*?)```", recipe, re.DOTALL)
+    assert found is not None
+    code, holes = re.subn(r"(tags, tokens = )\.\.\..*", lambda line: line[1] + TAGGER, found[1])
+    assert holes == 1  # the reader's copy of DAPE
+    (named,) = re.findall(r"`--model\.base\.init_args\.tagger (\w+)\.DAPE`", recipe)
+    (tmp_path / f"{named}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert main([*fit, f"--model.base.init_args.tagger={named}.DAPE"]) == 0
+        tagger: Any = sys.modules[named].DAPE()
+        data = SRData(val=str(tmp_path / "val"), crop_size=32)
+        data.setup("validate")
+        (loader,) = data.val_dataloader()
+        crops = [sample["lq"].float() / 255 for sample in loader]
+        files = ["--model.base.init_args.tagger=papers.rfsr.TagFiles"]
+        files.append(f"--model.base.init_args.tagger.init_args.folder={tmp_path / 'tags'}")
+        write_tags(tmp_path / "tags", crops[0], *tagger(crops[0]))
+        capsys.readouterr()
+        assert main([*fit, *files]) == 1
+        message = " ".join(capsys.readouterr().err.split())
+        assert "has no file for 1 of 2 validation images: photo_r0c1_s0; write DAPE's answers" in message
+        write_tags(tmp_path / "tags", crops[1], *tagger(crops[1]))
+        assert main([*fit, *files]) == 1  # validation is covered, new training crops never are
+        assert "for an image of 8 x 8 px; write DAPE" in " ".join(capsys.readouterr().err.split())
+    finally:
+        sys.modules.pop(named, None)
