@@ -1,8 +1,8 @@
 """The dtype of frozen weights, and the precision of validation, test and prediction; docs/precision.md has figures.
 
-Autocast casts a frozen float32 weight at every call, since its cache takes only weights that require gradients. A held
-layer has 16-bit weights at all times: under bf16-mixed its output is the same, bit by bit, with half the memory and no
-cast. Norms, embeddings and all else that autocast leaves in float32 stay in float32.
+Autocast casts a frozen float32 weight at every call. A held layer has 16-bit weights at all times: under bf16-mixed its
+output is the same, bit by bit, with half the memory and no cast. Norms, embeddings and all else that autocast leaves in
+float32 stay in float32.
 """
 
 from collections.abc import Callable, Iterator

@@ -376,7 +376,6 @@ class TrainingModule(LightningModule):
             if which:
                 optimizer._on_before_step = optimizer._on_after_step = lambda: None
             optimizer.step()
-            torch.clear_autocast_cache()  # it holds 16-bit copies of the weights before the step
             # not in the hook: Lightning drops an epoch's first numbers when two hooks log by turns
             self.log(f"grad_norm/{name}", self._grad_norm)
             optimizer.zero_grad()

@@ -121,7 +121,7 @@ def test_a_printed_command_is_understood(words: list[str], place: Path, monkeypa
     assert command in COMMANDS
     monkeypatch.chdir(place)
     if rest[-1:] == ["--help"]:
-        assert len(rest) == 1 or set(classes(rest)) == {"model"}
+        assert len(rest) == 1 or "model" in classes(rest)
         return
     for word in rest:
         for run in RUNS.finditer(word):

@@ -1071,7 +1071,7 @@ class TestWholeness:
 def test_held_weights_are_not_cast_in_a_step_that_casts_float32_ones_at_every_call(
     sd: str, stage1: str, batch: Batch
 ) -> None:
-    """Frozen weights are not in autocast's cache: a step's four calls of the denoiser cast them four times."""
+    """Autocast casts a frozen weight at every call: four times in a step, which calls the denoiser four times."""
 
     class Casts(TorchDispatchMode):
         counted = 0
