@@ -1,1 +1,1 @@
-"""What two or more papers share."""
+"""Code that two or more papers share."""

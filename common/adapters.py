@@ -19,7 +19,7 @@ OSEDIFF_TARGETS: tuple[str, ...] = (
     *ATTENTION_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out",
 )  # fmt: skip
-"""What OSEDiff adapts in a U-Net: all attention, ResNet, down- and up-sampler, in and out layers.
+"""Layers that OSEDiff adapts in a U-Net: all attention, ResNet, down- and up-sampler, in and out layers.
 
 Not `time_emb_proj`, not `time_embedding`; `conv` is the one inside down- and up-samplers.
 """
@@ -29,7 +29,7 @@ TIME_TARGETS: tuple[str, ...] = ("time_emb_proj",)
 
 
 class LoraCount(NamedTuple):
-    """How many layers an adapter touches, and its number of parameters."""
+    """Numbers of an adapter's layers and parameters."""
 
     layers: int
     parameters: int
@@ -46,16 +46,16 @@ def add_lora(
 ) -> nn.Module:
     """Add an adapter W + alpha / rank * B A to a module in place, and freeze everything but adapters.
 
-    B starts at zero, so the module's output does not change. The adapter's parameters are float32, whatever the base.
+    B starts at zero, so the module's output does not change. The adapter's parameters are float32 for any base.
 
     Args:
         module: A network without or with other adapters; its own parameters are frozen here.
         rank: Inner width of the adapter.
-        alpha: Numerator of its scale. Always given: peft's default of 8 doubles a rank 4 unasked.
+        alpha: Numerator of its scale. It has no default, as peft's default of 8 would double a rank-4 adapter.
         targets: Names of the layers (nn.Linear or nn.Conv2d) or endings of their dotted names, at a dot.
-        name: Of the adapter, which becomes the active one.
-        init: Of A: `gaussian` has standard deviation 1 / rank, `kaiming` is nn.Linear's.
-        seed: Of A, which is drawn on the CPU wherever the module is; the global random state is neither read nor moved.
+        name: Name of the adapter, which becomes the active one.
+        init: Initialisation of A: `gaussian` has standard deviation 1 / rank, `kaiming` is nn.Linear's.
+        seed: Random seed of A. A is drawn on the CPU; the global random state is neither read nor changed.
 
     Returns:
         The same module.
@@ -77,8 +77,8 @@ def add_lora(
         init_lora_weights="gaussian" if init == "gaussian" else True,
         bias="none",
     )
-    with drawing_weights(seed), warnings.catch_warnings():  # peft moves what it made to the device of the layer
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what we want
+    with drawing_weights(seed), warnings.catch_warnings():  # peft moves the new adapter to the device of the layer
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is intended
         inject_adapter_in_model(config, module, adapter_name=name)
     _use(module, [name])
     for key, parameter in module.named_parameters():
@@ -89,15 +89,15 @@ def add_lora(
 
 
 def vae_encoder_targets(vae: nn.Module) -> tuple[str, ...]:
-    """What OSEDiff and OMGSR adapt of an `AutoencoderKL`: its encoder's convolutions and attention, and quant_conv.
+    """Layers that OSEDiff and OMGSR adapt in an `AutoencoderKL`: the encoder's convolutions, attention and quant_conv.
 
-    FLUX's VAE has no quant_conv; that target is idle then.
+    FLUX's VAE has no quant_conv; that target then matches nothing.
     """
     return (*targets_in(vae, "encoder"), "quant_conv")
 
 
 def targets_in(module: nn.Module, part: str) -> tuple[str, ...]:
-    """`OSEDIFF_TARGETS` in one part of a network, by full names: endings would mean layers of other parts, too."""
+    """`OSEDIFF_TARGETS` in one part of a network, by full names, as endings would match layers of other parts."""
     endings = tuple(f".{target}" for target in OSEDIFF_TARGETS)
     names = (f"{part}.{name}" for name, _ in module.get_submodule(part).named_modules())
     return tuple(name for name in names if name.endswith(endings))
@@ -111,7 +111,7 @@ def adapter_names(module: nn.Module) -> list[str]:
 def set_adapter(module: nn.Module, name: str | Sequence[str] | None) -> None:
     """Choose the adapter, or the sum of adapters, that takes part in the forward pass; None for the base alone.
 
-    Unlike peft's own switch it leaves `requires_grad` as it is: whether a parameter is trained is another matter.
+    Unlike peft's own switch, it does not change `requires_grad`.
 
     Raises:
         ValueError: The module has no adapter of that name.
@@ -158,7 +158,7 @@ def count_lora(module: nn.Module, name: str = "default") -> LoraCount:
 def merge(module: nn.Module) -> nn.Module:
     """Fold the active adapters into the base weights and take all adapters off, in place.
 
-    What remains is the plain architecture: it runs at the base's speed and saves in the base's layout.
+    The module then has the base's architecture, speed and state-dict layout.
 
     Raises:
         ValueError: The module has no adapter.
@@ -182,7 +182,7 @@ def adapter_state(module: nn.Module, name: str = "default") -> dict[str, Tensor]
 
 
 def load_adapter_state(module: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
-    """Fill an existing adapter from what `adapter_state` gave.
+    """Load an existing adapter's tensors from a dict that `adapter_state` returned.
 
     Raises:
         ValueError: Its keys are not exactly this adapter's.
@@ -198,7 +198,7 @@ def load_adapter_state(module: nn.Module, state: dict[str, Tensor], name: str = 
 
 
 def _matches(layer: str, targets: Sequence[str]) -> bool:
-    """Whether a list of targets means this layer, by peft's rule."""
+    """True if a list of targets matches this layer, by peft's rule."""
     return any(layer == target or layer.endswith(f".{target}") for target in targets)
 
 

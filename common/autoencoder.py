@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class LatentScaling:
     """The scaling of a VAE's latents (B, C, h, w), by its config.
 
-    With per-channel `latents_mean` and `latents_std` they alone decide, z = (raw - mean) / std, of unit variance in
-    each channel; `scaling_factor`, which diffusers writes into every config, then counts for nothing. Without:
+    If the config has per-channel `latents_mean` and `latents_std`, z = (raw - mean) / std, with unit variance in each
+    channel, and `scaling_factor`, which diffusers writes into every config, is ignored. Otherwise
     z = (raw - shift_factor) * scaling_factor, 0.18215 for SD.
 
     Args:
@@ -35,11 +35,11 @@ class LatentScaling:
         self._std: list[float] = [1.0 / config.scaling_factor] if std is None else list(std)
 
     def scale(self, raw: Tensor) -> Tensor:
-        """From what the VAE encodes to z; same shape and dtype."""
+        """Convert raw latents of the VAE to z; same shape and dtype."""
         return (raw - self._row(self._mean, raw)) / self._row(self._std, raw)
 
     def unscale(self, z: Tensor) -> Tensor:
-        """From z to what the VAE decodes; same shape and dtype."""
+        """Convert z to raw latents, which the VAE decodes; same shape and dtype."""
         return z * self._row(self._std, z) + self._row(self._mean, z)
 
     @staticmethod
@@ -50,8 +50,8 @@ class LatentScaling:
 class ImageCodec(nn.Module):
     """A frozen `AutoencoderKL` between images (B, 3, H, W) in [-1, 1] and latents (B, C, h, w) by `LatentScaling`.
 
-    The codec works in the dtype of its own weights whatever the autocast around it, so a VAE held in float32 decodes
-    in float32 within a bf16 step. Its parameters take no gradient, but gradients pass through to z (and to x).
+    The codec computes in the dtype of its weights and ignores autocast, so a VAE in float32 decodes in float32 within
+    a bf16 step. Its parameters take no gradient, but gradients pass through to z (and to x).
 
     Args:
         vae: The autoencoder; it is frozen and put in eval mode.
@@ -70,7 +70,7 @@ class ImageCodec(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, in which the codec works."""
+        """Dtype of the weights, in which the codec computes."""
         return next(self.vae.parameters()).dtype
 
     def encode(self, x_pm1: Tensor, sample: bool = False, noise: Tensor | None = None) -> Tensor:
@@ -85,7 +85,7 @@ class ImageCodec(nn.Module):
             Scaled latents, (B, C, H / downscale, W / downscale), in the dtype of the weights.
 
         Raises:
-            ValueError: The size is no multiple of `downscale`, or `noise` is given without `sample`.
+            ValueError: The size is not a multiple of `downscale`, or `noise` is given without `sample`.
         """
         check_sides(x_pm1, self.downscale)
         if noise is not None and not sample:
@@ -113,7 +113,7 @@ class ImageCodec(nn.Module):
 
 
 def check_sides(x_pm1: Tensor, downscale: int) -> None:
-    """Refuse images (B, 3, H, W) that an encoder would floor: ValueError where H or W is no multiple of `downscale`."""
+    """Raise a ValueError for images (B, 3, H, W) whose H or W is not a multiple of `downscale`."""
     height, width = x_pm1.shape[-2:]
     if height % downscale or width % downscale:
         raise ValueError(

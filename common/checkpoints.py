@@ -1,7 +1,7 @@
 """Checkpoints of what is trained: parameters that a method declares trainable, and the buffers beside them.
 
 The frozen base (often gigabytes) is never written; it comes from `pretrained` again. Loading is therefore not strict in
-torch's sense, but stricter in ours: every trainable key must be there and no unknown one may be.
+torch's sense. It is stricter for trained parameters: every trainable key must be present, and no key may be unknown.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def read_tensors(path: str | Path, mapped: bool = False) -> Any:
 
     Args:
         path: The file.
-        mapped: Leave the tensors of torch's file on the disk until they are looked at. Clone those that are kept: the
-            file may be replaced.
+        mapped: Leave the tensors of torch's file on the disk until they are read. Clone the tensors that are kept, as
+            the file may be replaced.
 
     Raises:
-        ValueError: It is no such file, or holds more than tensors and plain values.
+        ValueError: The file is not of these types, or holds more than tensors and plain values.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -135,7 +135,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def resolved(path: str | Path) -> str:
-    """The checkpoint that a stage's setting means, from the root: the file itself, or a run's newest."""
+    """The absolute path of the checkpoint that a stage's setting names: the file itself, or a run's newest."""
     return str((newest_checkpoint(Path(path)) or Path(path)).resolve())
 
 
@@ -145,11 +145,11 @@ def read_stage(path: str | Path, argument: str, class_path: str) -> dict[str, An
     Args:
         path: The checkpoint, or the run's folder, of which the newest is taken.
         argument: Name of the user's argument, for messages.
-        class_path: Of the stage, `papers.<paper>.<Class>`.
+        class_path: Class of the stage, `papers.<paper>.<Class>`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint, or another class's.
+        ValueError: It is not a checkpoint, or a checkpoint of another class.
     """
     paper, name = class_path.split(".")[1], class_path.rpartition(".")[2]
     path = newest_checkpoint(Path(path)) or Path(path)
@@ -183,7 +183,7 @@ def trained_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def without(checkpoint: Mapping[str, Any], left_out: Callable[[str], bool]) -> dict[str, Any]:
-    """A checkpoint less the weights, and their averages (EMA), whose names are `left_out`."""
+    """A checkpoint without the weights, and their averages (EMA), whose names are `left_out`."""
     kept = dict(checkpoint)
     kept["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if not left_out(name)}
     if "ema" in checkpoint:
@@ -195,13 +195,13 @@ def without(checkpoint: Mapping[str, Any], left_out: Callable[[str], bool]) -> d
 def load_trained_weights(
     module: nn.Module, path: str | Path, expected: set[str], left_out: Callable[[str], bool] = lambda _: False
 ) -> None:
-    """Fill a method's trained weights from a checkpoint, and nothing else of it (no step, no optimiser).
+    """Load only a method's trained weights from a checkpoint (no step, no optimiser).
 
     Args:
         module: The method, configured.
         path: A checkpoint of the same configuration.
         expected: Keys that it must hold, see `kept_keys`; counters at the root are left as they are.
-        left_out: Whether a key is of a part that the method has not built; such a key counts neither way.
+        left_out: Function that is true for a key of a part that the method has not built. Such keys are ignored.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -70,7 +70,7 @@ def low_band(x: Tensor, levels: int) -> Tensor:
         levels: Number of blurs.
 
     Returns:
-        What the a-trous decomposition leaves after `levels` bands, (B, C, H, W).
+        The rest of the a-trous decomposition after `levels` bands, (B, C, H, W).
     """
     for level in range(levels):
         step = 2**level
@@ -91,7 +91,7 @@ def color_fix(kind: Literal["adain", "wavelet", "none"], sr_01: Tensor, referenc
         reference_01: The low-quality images brought to the same size, [0, 1].
 
     Returns:
-        Corrected images, not clamped; with "none" the very tensor that came in.
+        Corrected images, not clamped; with "none", the input tensor itself.
 
     Raises:
         ValueError: The kind is unknown or the shapes differ.

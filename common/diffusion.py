@@ -124,7 +124,7 @@ class NoiseSchedule(nn.Module):
         """sqrt(abar) and sqrt(1 - abar) as (2, T), made once for each device and dtype."""
         if (device, dtype) not in self._tables:
             both = np.stack([np.sqrt(self._alpha_bar), np.sqrt(1.0 - self._alpha_bar)])
-            with torch.inference_mode(False):  # first use may be in validation; training must be able to go on with it
+            with torch.inference_mode(False):  # the first use may be in validation, and training needs the tensor, too
                 self._tables[device, dtype] = torch.from_numpy(both).to(dtype).to(device)
         return self._tables[device, dtype]
 
@@ -136,7 +136,7 @@ def flow_noise(z: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
 
 
 def flow_clean(z_t: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-    """Where a velocity says the clean latent lies: z = z_t - t v, as v = eps - z."""
+    """The clean latent by a velocity: z = z_t - t v, as v = eps - z."""
     return z_t - _time(t, z_t) * v
 
 

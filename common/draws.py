@@ -19,8 +19,8 @@ def generator(seed: int, stream: str, index: int) -> torch.Generator:
 
     Args:
         seed: The run's seed.
-        stream: What is drawn, e.g. "generator/noise"; streams are independent of each other.
-        index: Of the sample in the run's data order, or of the step for draws that a batch shares.
+        stream: Name of the draw, e.g. "generator/noise"; streams are independent of each other.
+        index: Index of the sample in the run's data order, or of the step for draws that a batch shares.
     """
     digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -32,7 +32,7 @@ class Draws:
     Args:
         seed: The run's seed.
         index: Places of the batch's samples in the run's data order, (B,).
-        device: Where the results go; they are drawn on the CPU, so that they are the same everywhere.
+        device: Device of the results. They are drawn on the CPU, so that all devices get the same values.
     """
 
     def __init__(self, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:

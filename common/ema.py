@@ -1,4 +1,4 @@
-"""Exponential moving average of what is trained, and of nothing else."""
+"""Exponential moving average of the trained parameters only."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _DPI = 100
 
 
 class Agreement(NamedTuple):
-    """How well predictions match their target; `r2` = 1 - SS_res / SS_tot, None where the target is constant."""
+    """Agreement of predictions with their target; `r2` = 1 - SS_res / SS_tot, None where the target is constant."""
 
     rmse: float
     r2: float | None
@@ -34,7 +34,7 @@ class Agreement(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of n values; skewness and excess kurtosis are 0 for a normal distribution, None where all values are equal."""
+    """Moments of n values; skewness and excess kurtosis are 0 for a normal distribution, None for a constant."""
 
     n: int
     mean: float
@@ -86,10 +86,10 @@ def predicted_against_target(target: ArrayLike, predicted: ArrayLike, limit: flo
         predicted: Predictions, (N,).
         limit: Both axes end here; they begin at 0, or at -limit where a target is negative. Points beyond are drawn at
             the edge, and counted in the title.
-        name: What is predicted, with its unit.
+        name: Predicted quantity, with its unit.
 
     Raises:
-        ValueError: `limit` is not positive; see also `agreement`.
+        ValueError: `limit` is not positive, or `agreement` raises it.
     """
     from matplotlib.figure import Figure
 
@@ -116,10 +116,10 @@ def predicted_against_target(target: ArrayLike, predicted: ArrayLike, limit: flo
 
 
 def noise_distribution(eps: ArrayLike) -> Figure:
-    """Draw how normal a noise is: histogram with the density of N(0, 1), and quantiles against those of N(0, 1).
+    """Draw a noise's histogram with the density of N(0, 1), and its quantiles against those of N(0, 1).
 
     Args:
-        eps: Values, (n,); of more than 200,000 every k-th is taken, and the title says so.
+        eps: Values, (n,). If there are more than 200,000, every k-th is taken, and the title states it.
 
     Raises:
         ValueError: `eps` is not one-dimensional, empty or not finite.
@@ -157,8 +157,8 @@ def save_figure(path: Path, figure: Figure, caption: str) -> None:
 
     Args:
         path: Target; missing folders are made.
-        figure: What to write.
-        caption: What the report says below it; lies in the file's text chunk `Description`.
+        figure: Figure to write.
+        caption: Caption in the report; it is stored in the file's text chunk `Description`.
 
     Raises:
         ValueError: `caption` is empty.

@@ -1,4 +1,4 @@
-"""Whole files or what was before, folders of one process, names that stay in their folder and share none."""
+"""Atomic writes, folders locked by one process, and file names that are safe and unique."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InUseError(OSError):
 
 
 def inside(folder: str | Path, name: str | Path) -> Path:
-    """Path of a file or folder by a name from elsewhere: a list, a table, a checkpoint, a file that was found.
+    """Path of a file or folder whose name comes from outside, such as a list, a table or a checkpoint.
 
     Args:
         folder: Where the file belongs.
@@ -50,7 +50,7 @@ def inside(folder: str | Path, name: str | Path) -> Path:
 
 
 def csv_text(text: str) -> str:
-    """A text as a cell that no spreadsheet takes for a formula: one that begins so, and is no number, gets a quote."""
+    """A text as a table cell; one that a spreadsheet would run as a formula gets a quote in front."""
     if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
         return text
     try:
@@ -62,7 +62,7 @@ def csv_text(text: str) -> str:
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
-    """Within this context torch reads nothing but tensors and plain values from a file, whatever a library asks for."""
+    """Within this context torch reads only tensors and plain values from files, also on a library's behalf."""
     ours = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
@@ -77,7 +77,7 @@ def safe_loading() -> Iterator[None]:
 
 
 def printable(text: object) -> str:
-    """A text that every table, report and log can hold: control characters and bytes that are no UTF-8 are escaped."""
+    """A text that every table, report and log can hold: control characters and bytes that are not UTF-8 are escaped."""
     raw = str(text)
     if raw.isprintable():
         return raw
@@ -106,14 +106,14 @@ def plain_name(name: str) -> str:
 
 
 def check_free(folder: str | Path, own: str | None = None) -> None:
-    """Refuse an output folder that holds files of somebody else's.
+    """Refuse an output folder that holds files which this command has not written.
 
     Args:
         folder: The folder; it need not exist.
-        own: Name in it by which a command knows its own earlier output, which it adds to; None: nothing may be there.
+        own: Name of a file in the folder that marks a command's own earlier output. None: the folder must be empty.
 
     Raises:
-        FileExistsError: It holds files, and nothing of the name `own`.
+        FileExistsError: It holds files, but none named `own`.
     """
     folder = Path(folder)
     there = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
@@ -126,9 +126,9 @@ def check_free(folder: str | Path, own: str | None = None) -> None:
 
 @contextmanager
 def held(folder: str | Path) -> Iterator[None]:
-    """Within this context no other process that asks for the same folder gets it.
+    """Lock a folder within this context, so that no other process can lock it.
 
-    The system lets go when this process dies, however it dies.
+    The system releases the lock when this process ends, also when it is killed.
 
     Args:
         folder: The folder; made where missing.
@@ -145,7 +145,7 @@ def held(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         if descriptor in _held:  # not so in a forked process
-            path.unlink(missing_ok=True)  # before the lock ends: who opened it in between finds that it is gone
+            path.unlink(missing_ok=True)  # before the lock ends, so that others notice it
             _held.discard(descriptor)
             os.close(descriptor)
 
@@ -203,12 +203,12 @@ def replacing(path: str | Path, shared: bool = True, recorded: bool = True) -> I
 
     Args:
         path: Target; missing folders are made.
-        shared: Whether several processes may write the target at a time; if not, what a killed one left is overwritten
-            by the next.
-        recorded: False for what is removed again.
+        shared: True if several processes may write the target at the same time. If false, the next process overwrites
+            what a killed one has left.
+        recorded: False for a file that is removed later.
 
     Yields:
-        Where to write; removed if the block fails.
+        Temporary path to write to; it is removed if the block fails.
 
     Raises:
         FileExistsError: The target is there and not ours.
@@ -221,7 +221,7 @@ def replacing(path: str | Path, shared: bool = True, recorded: bool = True) -> I
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # were it a link, writing would follow it
+        temporary.unlink(missing_ok=True)  # writing would follow a link
         try:
             yield temporary
             if recorded:
@@ -245,7 +245,7 @@ def folder_name(name: str) -> str:
 
 
 def distinct_names(names: Sequence[str], sources: Sequence[str | Path] | None = None) -> list[str]:
-    """Change names that are alike until no two are.
+    """Change names that are alike until all are distinct.
 
     Names are alike if they differ at most in case and in characters that the name of a folder replaces.
 
@@ -255,7 +255,7 @@ def distinct_names(names: Sequence[str], sources: Sequence[str | Path] | None = 
             that are alike even so, all but the first, get a number.
 
     Returns:
-        The names in the same order; a name that is like no other stays as it is, but for `plain_name`.
+        The names in the same order. `plain_name` applies to all; distinct names are not changed further.
     """
     found = [plain_name(name) for name in names]
     if sources is not None:

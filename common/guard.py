@@ -12,7 +12,7 @@ _NEVER = 2**62
 
 
 class Later:
-    """Sends a tensor from the device to the host, which takes it when the next one is sent and waits for nothing."""
+    """Sends a tensor from the device to the host, which receives it with the next send and does not wait."""
 
     def __init__(self) -> None:
         self._sent: tuple[Tensor, torch.cuda.Event | None] | None = None
@@ -50,11 +50,11 @@ class Guard:
         self._later = Later()
 
     def note(self, value: Tensor, code: int, unless: Tensor | None = None) -> None:
-        """Look at a loss or a norm.
+        """Check a loss or a norm.
 
         Args:
-            value: What must be finite, of no dimension.
-            code: What to remember if it is not.
+            value: Scalar tensor that must be finite.
+            code: Code to remember if it is not.
             unless: True where it may be infinite or NaN.
         """
         value = value.detach().float().to(self.first.device)  # the norm of no gradients is on the CPU

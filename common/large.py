@@ -3,8 +3,8 @@
 Held at once are the low-quality image, one tile and one band of output rows, so memory grows with the width alone. The
 tiles lie in `<target>.part/` until the target is written; a run that was killed finds them there and restores only
 those that are missing. Joining and colour fix read the tiles again, band by band, in the order of
-`common.tiling.tiled` and on the CPU, whatever device restores: what comes out does not depend on when the run was
-killed, and where both fit it is what `RestorationModule.upscale` makes.
+`common.tiling.tiled`, always on the CPU. The result does not depend on when the run was killed, and equals that of
+`RestorationModule.upscale` where both fit in memory.
 """
 
 from __future__ import annotations
@@ -61,24 +61,24 @@ def upscale_large(
     key: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Restore an image of any size into a file, in bounded memory, going on where a killed run stopped.
+    """Restore an image of any size into a file, in bounded memory, and continue where a killed run stopped.
 
     The tiles need 12 bytes of disk for each of their pixels, overlaps counted as often as they are covered.
 
     Args:
         restore: From a tile (1, 3, th, tw) in [0, 1] to (1, 3, scale * th, scale * tw) near [0, 1], see
-            `RestorationModule.restore`. Tiles are on `x_lq`'s device. It must be a function of the tile alone, with
-            no draw from a generator that goes on, or a continued run differs from one in one go.
+            `RestorationModule.restore`. Tiles are on `x_lq`'s device. It must be a function of the tile alone,
+            without draws from a generator with state, or a continued run differs from an uninterrupted one.
         x_lq: The whole low-quality image, (1, 3, h, w), [0, 1].
         target: File to write, .png, .tif or .tiff; missing folders are made.
         scale: Output pixels per input pixel.
         tile: Side of a tile, input pixels.
         overlap: Pixels of the input that neighbours share.
-        blend: How overlaps are joined, see `common.tiling.tiled`.
+        blend: Weights of overlapping tiles, see `common.tiling.tiled`.
         color_fix: The colour fix, see `common.color`; its reference is the bicubically enlarged input.
         size_multiple: The image is padded to multiples of this before it is cut to tiles.
-        key: Names whatever else decides a tile: weights, prompt, precision. Tiles kept under another key, of other
-            pixels or other tile settings are thrown away, with a warning; blend and colour fix may change in between.
+        key: Key of everything else that determines a tile: weights, prompt, precision. Tiles of another key, other
+            pixels or other tile settings are deleted, with a warning; blend and colour fix may change in between.
         progress: Called as (steps done, steps in all) after each tile, kept ones included, and each band of each pass.
 
     Raises:
@@ -167,8 +167,8 @@ def bicubic_band(x_lq: Tensor, scale: int, band: Band) -> Tensor:
 class TileStore:
     """The restored tiles of one image in a folder, and bands of output rows joined from them.
 
-    A file holds a tile as (rows, 3, columns) float32, so that some of its rows are one read. It gets its name after its
-    bytes have reached the disk: what is done is what has a name, and there is no other record that could disagree.
+    A file holds a tile as (rows, 3, columns) float32, so that a range of rows is one read. It gets its name after its
+    bytes have reached the disk. A tile is done if its file exists; there is no other record that could disagree.
 
     Args:
         folder: Where the files lie.
@@ -176,7 +176,7 @@ class TileStore:
         tile: Side of a tile, input pixels.
         overlap: Pixels of the input that neighbours share.
         scale: Output pixels per input pixel.
-        blend: How overlaps are joined.
+        blend: Weights of overlapping tiles.
 
     Attributes:
         places: (top, left) of all tiles, input pixels, in the order in which they are joined.
@@ -204,10 +204,10 @@ class TileStore:
         return self.folder / f"tile_{top}_{left}.f32"
 
     def open(self, decides: dict[str, str]) -> None:
-        """Keep the tiles that lie there if they are of the same making, else throw them away and say so.
+        """Keep existing tiles of the same settings; delete others, with a warning.
 
         Args:
-            decides: What decides the tiles' pixels besides the settings of this store.
+            decides: Digest of what determines the tiles' pixels, apart from the settings of this store.
         """
         now = {**self._settings, **decides}
         before = json.loads(self._fingerprint.read_text()) if self._fingerprint.exists() else None
@@ -223,11 +223,11 @@ class TileStore:
             file.write(json.dumps(now, indent=1).encode())
 
     def has(self, top: int, left: int) -> bool:
-        """Whether this tile is done."""
+        """True if this tile is done."""
         return self._path(top, left).exists()
 
     def write(self, top: int, left: int, sr_tile: Tensor) -> None:
-        """Keep a restored tile, (1, 3, *sides), for good.
+        """Write a restored tile, (1, 3, *sides), to the disk.
 
         Raises:
             ValueError: It has another size, or holds a value that is not finite.
@@ -248,7 +248,7 @@ class TileStore:
             file.write(x.transpose(0, 1).contiguous().numpy().data)
 
     def band(self, band: Band) -> Tensor:
-        """Rows of what `common.tiling.tiled` would make of these tiles, to the bit.
+        """Rows of the image that `common.tiling.tiled` makes of these tiles, bit by bit.
 
         Args:
             band: First output row and the one after the last.
@@ -275,7 +275,7 @@ class TileStore:
 
     def clear(self) -> None:
         """Remove the tiles."""
-        self._fingerprint.unlink(missing_ok=True)  # first: tiles without it are nobody's
+        self._fingerprint.unlink(missing_ok=True)  # first, as tiles without it are never used
         for path in [*self.folder.glob("tile_*.f32"), *self.folder.glob(".*.tmp")]:
             path.unlink()
 

@@ -1,4 +1,4 @@
-"""Images for the loggers of a run: each kind takes them in a way of its own, and some take none."""
+"""Images for the loggers of a run: each logger has its own call, and some have none."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def show(logger: Any, name: str, image: Tensor, step: int) -> bool:
-    """Give an image to a Lightning logger: TensorBoard, W&B, MLflow, Comet, or one that takes images as one of them.
+    """Send an image to a Lightning logger: TensorBoard, W&B, MLflow, Comet, or one with the same call as one of them.
 
-    A logger that fails to take it is named in the log, and the run goes on.
+    If a logger fails to take it, a log line names the logger, and the run continues.
 
     Args:
         logger: The logger.
-        name: What the image shows.
+        name: Name of the image.
         image: (3, H, W), RGB, [0, 1].
         step: Train step.
 
     Returns:
-        True if the logger has it.
+        True if the logger has taken it.
     """
     pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
     try:

@@ -1,8 +1,8 @@
-"""The record of the files that were made in a folder, so that no other file there is ever replaced.
+"""The record of the files that isr has made in a folder, so that no other file there is ever replaced.
 
 `begin` starts a folder's record, a hidden file of lines (file, digest of its bytes). From then on
-`common.files.replacing` replaces nothing below the folder but what the record names with this very content, now or
-earlier. A file that somebody put there or changed is not ours.
+`common.files.replacing` replaces only those files below the folder whose content the record names, now or earlier. A
+file that somebody else has put there or changed is never replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RECORD = ".isr-made.jsonl"
 
 
 class _Read(NamedTuple):
-    """What was read of a record so far."""
+    """The part of a record that has been read."""
 
     inode: int
     size: int
@@ -32,8 +32,8 @@ def begin(folder: Path, adopt: bool = False) -> None:
     """Start the record of a folder, unless it has one.
 
     Args:
-        folder: Made where missing.
-        adopt: Take the files that are there for ours; for folders that were made before there were records.
+        folder: The folder; made where missing.
+        adopt: Record the existing files, too; for folders that were made before there were records.
     """
     record = Path(os.path.abspath(folder), RECORD)
     if record.exists():
@@ -55,11 +55,11 @@ def record_of(path: Path) -> Path | None:
 
 
 def note(path: Path, content: Path | None = None) -> None:
-    """Write into the record above a file that this file was made; without a record, nothing.
+    """Add a file to the record above it; without a record, do nothing.
 
     Args:
         path: The file.
-        content: Where its bytes lie now, if not there.
+        content: File with its bytes, if they are not at `path` yet.
     """
     record = record_of(path)
     if record is None:
@@ -70,7 +70,7 @@ def note(path: Path, content: Path | None = None) -> None:
 
 
 def is_made(path: Path) -> bool:
-    """True for a file that the record above it names with the bytes that it holds now."""
+    """True if the record above a file names it with its present bytes."""
     record = record_of(path)
     if record is None or path.is_symlink() or not path.is_file():
         return False
@@ -79,14 +79,14 @@ def is_made(path: Path) -> bool:
 
 
 def refuse_foreign(paths: Iterable[Path], hint: str = "move it away, or give another output") -> None:
-    """Refuse to write over files that were not made by us.
+    """Refuse to overwrite files that isr has not made.
 
     Args:
         paths: The files to write.
-        hint: What the user can do.
+        hint: Advice for the user.
 
     Raises:
-        FileExistsError: Some are there and not ours; the first five are named.
+        FileExistsError: Some exist and were not made by isr; the first five are named.
     """
     foreign = [path for path in paths if os.path.lexists(path) and not is_made(path)]
     if foreign:

@@ -1,4 +1,4 @@
-"""Image quality, one number with its protocol: PSNR and SSIM of our own, everything else through pyiqa on demand.
+"""Image quality metrics, each with its protocol: native PSNR and SSIM, and all of pyiqa's metrics.
 
 Two tables can only be compared where their protocols are the same text, so each metric carries its own
 (`MetricProtocol`), printed and stored with every number. All metrics read images rounded to 8 bits (`to_uint8`), as a
@@ -43,7 +43,7 @@ _PYIQA = "pyiqa:"
 
 
 class MetricUnavailableError(RuntimeError):
-    """A metric cannot be computed here; the message is the reason, on one line, for "not computed: <reason>"."""
+    """A metric is not available here; the message is the reason, on one line, for "not computed: <reason>"."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class MetricProtocol:
         metric: Name of the quantity, with the options that change it, e.g. "psnr".
         space: Colour space and range the metric reads, e.g. "BT.601 Y (16..235)".
         crop: Pixels cut from each border before measuring.
-        rounding: What is rounded, and to what.
+        rounding: Rounding of the inputs.
         source: "native", or library and version, e.g. "pyiqa 0.1.16".
-        lower_better: Whether smaller is better.
-        needs_hq: Whether the metric compares with a reference image; if not, a given one is not looked at.
+        lower_better: True if smaller is better.
+        needs_hq: True if the metric compares with a reference image; if false, a given reference is ignored.
         function: The computation, from the cropped images to the number.
     """
 
@@ -78,7 +78,7 @@ class MetricProtocol:
         """Measure one image.
 
         Args:
-            sr: The image to judge, (H, W, 3) uint8 RGB.
+            sr: The image to score, (H, W, 3) uint8 RGB.
             hq: The reference, same size; may be left out where `needs_hq` is false.
 
         Returns:
@@ -150,7 +150,7 @@ def build_metric(metric_id: str, crop: int = 0, device: str | torch.device = "cp
 
     Raises:
         ValueError: The id is unknown or the crop is negative.
-        MetricUnavailableError: pyiqa or the weights it asks for cannot be had.
+        MetricUnavailableError: pyiqa or the metric's weights are not available.
     """
     if crop < 0:
         raise ValueError(f"crop is {crop}; pass the pixels to cut from each border, 0 or more")
@@ -166,8 +166,8 @@ def build_metric(metric_id: str, crop: int = 0, device: str | torch.device = "cp
 def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -> MetricProtocol:
     """Make one of pyiqa's metrics; pyiqa is imported here and its weights are loaded (downloaded where absent) here.
 
-    The network stays in evaluation mode, outside any module of the caller's, so nobody's `train()` reaches it. Neither
-    making nor calling the metric moves the global random states; what a metric draws itself starts at seed 0 each time.
+    The network stays in evaluation mode, outside any module of the caller's, so no `train()` reaches it. Neither making
+    nor calling the metric changes the global random states; a metric's own draws start at seed 0 each time.
 
     Args:
         name: pyiqa's name, e.g. "musiq", "lpips", "maniqa-pipal".
@@ -178,8 +178,8 @@ def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -
         The metric; its protocol names pyiqa's version and the options of the metric.
 
     Raises:
-        ValueError: pyiqa knows no such name, or the metric judges folders, not images.
-        MetricUnavailableError: pyiqa is not installed, or the metric's imports or weights cannot be had.
+        ValueError: pyiqa has no metric of this name, or the metric scores folders, not images.
+        MetricUnavailableError: pyiqa is not installed, or the metric's imports or weights are not available.
     """
     device = torch.device(device)
     with own_random_state(device):

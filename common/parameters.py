@@ -26,11 +26,11 @@ class Row:
     """One line of a table of parameters.
 
     Args:
-        name: What it is, e.g. `U-Net`.
+        name: Name of the network, e.g. `U-Net`.
         kind: `base` for pretrained weights, `adapter` for LoRA on them, `module` for networks of the paper's own,
-            `copy` for a frozen or slow copy of another row, `text` for what is needed only to make the condition.
+            `copy` for a frozen or slow copy of another row, `text` for networks that only make the condition.
         total: Number of parameters.
-        trainable: How many of them are trained.
+        trainable: Number of trained parameters.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Row:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter of this dotted name belongs to a LoRA adapter, by peft's naming."""
+    """True if a parameter of this dotted name belongs to a LoRA adapter, by peft's naming."""
     return not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
 
 

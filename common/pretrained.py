@@ -1,6 +1,6 @@
 """One way to get pretrained parts: VAE, U-Net, text encoder, image encoder and noise schedule.
 
-The string `pretrained` says where from:
+The string `pretrained` names the source:
 
 * `tiny`: the embedded foundation in `common/foundation/weights`, for the demo and the tests.
 * `random:<architecture>`: a full-size network of `common/architectures` with random weights, the same at every call.
@@ -55,7 +55,7 @@ _WEIGHTS = (
 _CONFIGS = ("*.json", "*.txt", "*.model")
 _PROBE_SECONDS = 5.0
 _RANDOM_SEED = 0
-_T5_TOKENS = 512  # what T5 was trained on, and FLUX's tokenizer says
+_T5_TOKENS = 512  # T5's training length, which FLUX's tokenizer has, too
 _LARGE = 10**9  # parameters
 
 _architecture_only: ContextVar[bool] = ContextVar("architecture_only", default=False)
@@ -63,12 +63,12 @@ _random_device: ContextVar[torch.device | None] = ContextVar("random_device", de
 
 
 class WeightsNotFoundError(FileNotFoundError):
-    """Weights are neither here nor to be had; the message names the id, the place looked in and the way to get them."""
+    """Weights are not on this machine and cannot be fetched; the message names id, cache and remedy."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A folder in diffusers' layout, and whether weights lie beside its configs."""
+    """A folder in diffusers' layout; `has_weights` is true if weights lie beside its configs."""
 
     root: Path
     has_weights: bool
@@ -85,7 +85,7 @@ def architecture_only() -> Iterator[None]:
 
 
 def is_architecture_only() -> bool:
-    """Whether the loaders build on the meta device just now."""
+    """True within `architecture_only()`, where the loaders build on the meta device."""
     return _architecture_only.get()
 
 
@@ -107,9 +107,9 @@ def random_on_device(device: torch.device | str) -> Iterator[None]:
 def drawing_weights(seed: int) -> Iterator[None]:
     """Within this context networks are made on the CPU, from this seed; in `architecture_only()` on the meta device.
 
-    That holds whatever the default device is: Lightning runs `configure_model` with the GPU as such, which draws from a
-    generator of its own and other numbers. The global random state is neither read nor moved. Who makes a network here
-    puts it where it belongs. In `random_on_device()` that device draws.
+    The default device does not matter: Lightning runs `configure_model` with the GPU as such, which draws from a
+    generator of its own and other numbers. The global random state is neither read nor changed. The caller moves the
+    network to its device. In `random_on_device()` that device draws.
     """
     device = _random_device.get()
     if device is not None and device.type == "cuda" and not is_architecture_only():
@@ -147,12 +147,12 @@ def load_vae(
 
     Args:
         pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
-        subfolder: Where in it the part lies.
-        dtype: Of the parameters, whatever the file holds.
+        subfolder: Subfolder of the part.
+        dtype: Dtype of the parameters; the file may hold another.
         trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
 
     Raises:
-        ValueError: `pretrained` is none of the four kinds, or names an unknown architecture.
+        ValueError: `pretrained` is not of the four kinds, or names an unknown architecture.
         WeightsNotFoundError: The weights are not there and cannot be fetched.
     """
     from diffusers import AutoencoderKL
@@ -172,14 +172,14 @@ def load_unet(
 
     Args:
         pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
-        subfolder: Where in it the part lies.
-        dtype: Of the parameters, whatever the file holds.
+        subfolder: Subfolder of the part.
+        dtype: Dtype of the parameters; the file may hold another.
         trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
         expect: Prediction type the caller was made for, `epsilon` or `v_prediction`; checked before weights are read.
         seed: Random seed of `random:` weights; the default where they stand in for pretrained ones.
 
     Raises:
-        ValueError: `pretrained` is of no known kind, or predicts something else than `expect`.
+        ValueError: `pretrained` is of no known kind, or its prediction type is not `expect`.
         WeightsNotFoundError: The weights are not there and cannot be fetched.
     """
     from diffusers import UNet2DConditionModel
@@ -227,13 +227,13 @@ def load_text_encoder(
 
     Args:
         pretrained: Hub id, folder in diffusers layout, `tiny` or `random:<architecture>`.
-        subfolder: Where in it the text encoder lies.
-        tokenizer_subfolder: Where in it the tokenizer lies.
-        dtype: Of the parameters, whatever the file holds; None for bfloat16 from a billion parameters on, else float32.
+        subfolder: Subfolder of the text encoder.
+        tokenizer_subfolder: Subfolder of the tokenizer.
+        dtype: Dtype of the parameters; None for bfloat16 from a billion parameters on, else float32.
         trainable: Leave it in train mode and requiring gradients; else frozen and in eval mode.
 
     Raises:
-        ValueError: `pretrained` is none of the four kinds, or names an unknown architecture.
+        ValueError: `pretrained` is not of the four kinds, or names an unknown architecture.
         WeightsNotFoundError: The weights are not there and cannot be fetched.
     """
     import transformers
@@ -255,10 +255,10 @@ def load_vision_model(pretrained: str, seed: int = _RANDOM_SEED) -> "PreTrainedM
     Args:
         pretrained: Hub id, folder as transformers saves it, `random:<architecture>` or `tiny`. The embedded foundation
             has no image encoder: `tiny` is the architecture `dinov2_tiny` with random weights.
-        seed: Of random weights.
+        seed: Random seed of random weights.
 
     Raises:
-        ValueError: `pretrained` is none of the four kinds, or names an unknown architecture.
+        ValueError: `pretrained` is not of the four kinds, or names an unknown architecture.
         WeightsNotFoundError: The weights are not there and cannot be fetched.
     """
     if pretrained == "tiny":
@@ -275,7 +275,7 @@ def load_schedule_config(pretrained: str, expect: str | None = None) -> dict[str
         expect: Prediction type the caller was made for, `epsilon` or `v_prediction`.
 
     Raises:
-        ValueError: `pretrained` is of no known kind, or predicts something else than `expect`.
+        ValueError: `pretrained` is of no known kind, or its prediction type is not `expect`.
         WeightsNotFoundError: The file is not there and cannot be fetched.
     """
     if expect is not None:
@@ -305,7 +305,7 @@ def _load_transformers_model(
 
 
 def _class_of_transformers(config: dict[str, Any], pretrained: str) -> Any:
-    """The class that a config names, which is a model's and no other of that package."""
+    """The class that a config names; it must be a model class of that package."""
     import transformers
 
     name = (config.get("architectures") or ["none"])[0]
@@ -330,7 +330,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) -> None:
-    """Refuse a checkpoint that predicts something else; the usual mistake is SD 2.1 (768 px, v) for 2.1-base."""
+    """Refuse a checkpoint of another prediction type; the usual mistake is SD 2.1 (768 px, v) for 2.1-base."""
     try:
         unet = _read_config(_locate(pretrained, unet_subfolder, weights=False).root, unet_subfolder, pretrained)
     except WeightsNotFoundError:  # a folder of VAE, text encoder and schedule; who needs the U-Net fails on loading it
@@ -338,7 +338,7 @@ def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) ->
     is_768 = unet.get("sample_size") == 96 and unet.get("cross_attention_dim") == 1024
     try:
         found = load_schedule_config(pretrained).get("prediction_type", "epsilon")
-    except WeightsNotFoundError:  # a U-Net without its scheduler: only its size can tell
+    except WeightsNotFoundError:  # a U-Net without its scheduler: only its size shows the prediction type
         found = "v_prediction" if is_768 else expect
     if found != expect:
         guess = (
@@ -428,7 +428,7 @@ def ask_hub() -> None:
     try:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS).close()
     except urllib.error.HTTPError as error:
-        error.close()  # an answer, whatever it says: there is a network
+        error.close()  # any answer, even an error, shows that there is a network
     except OSError as error:
         raise ConnectionError(f"no connection to {huggingface_hub.constants.ENDPOINT}") from error
 
@@ -441,7 +441,7 @@ def _raise_without_network(repo: str, subfolder: str) -> None:
 
 
 def _not_found(pretrained: str, subfolder: str, reason: str) -> WeightsNotFoundError:
-    """The one-line error for weights of a hub id that cannot be had."""
+    """The one-line error for weights of a hub id that are not available."""
     known = _known_ids().get(pretrained, {})
     about = f"; licence: {known['licence']}" if known else ""
     if known.get("gated"):
@@ -465,7 +465,7 @@ def _read_config(root: Path, subfolder: str, pretrained: str, name: str = "confi
 
 
 def _read_weights(read: Callable[[], Any], pretrained: str, subfolder: str) -> Any:
-    """Run a `from_pretrained` on local files, and say in our words when files are missing from the folder."""
+    """Run a `from_pretrained` on local files, with a short error where files are missing from the folder."""
     try:
         return read()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What every method does at validation, test and predict time, written once.
+"""Validation, test and prediction of every method.
 
 A method derives from `RestorationModule` and writes `configure_networks`, `prepare`, `restore`, `training_step` and
 `configure_optimizers`; it names what it trains in `trainable`. This file and `common.training` are the same for all,
@@ -41,18 +41,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Inference:
-    """How images are restored and scored.
+    """Settings for restoring and scoring images.
 
     Args:
         color_fix: Give the output the low-quality image's colours: `adain`, `wavelet` or `none`.
         tile: Side of a tile in output pixels; null restores every image whole.
         overlap: Pixels that neighbouring tiles share in the output.
-        blend: How overlaps are joined: plain `average`, `feather` or `gaussian`.
-        metrics: Ids of the metrics computed on validation and test images, see `common.metrics`.
+        blend: Weights of overlapping tiles: plain `average`, `feather` or `gaussian`.
+        metrics: Ids of the metrics for validation and test images, see `common.metrics`.
         preview: Images of a data set that validation shows in the run's loggers.
         large: Predicted images of more output megapixels are made tile by tile on disk: memory does not grow with the
-            image, and a killed run goes on with the tiles it has. Needs `tile`; null keeps every image in memory.
-        file_type: Of predicted images: `png` or `tif`.
+            image, and a killed run continues with the finished tiles. Needs `tile`; null keeps every image in memory.
+        file_type: File type of predicted images: `png` or `tif`.
         test_precision: Precision of validation, test and prediction: `float32`, or `float16` or `bfloat16` by autocast.
             `trainer.precision` is that of training steps alone. In float32, weights that `frozen_dtype` holds in
             bfloat16 are cast up, layer by layer.
@@ -93,7 +93,7 @@ class RestorationModule(TrainingModule):
 
     Args:
         scale: Super-resolution factor.
-        inference: How images are restored and scored.
+        inference: Settings for restoring and scoring images.
         seed: Random seed of new weights and of all draws made in training; null takes `--seed_everything`, 0 in Python.
         ema_decay: Decay of the average of the trained weights, which then is what gets validated and tested.
         clip: Limit of each optimiser's gradient norm; null for none.
@@ -134,7 +134,7 @@ class RestorationModule(TrainingModule):
             raise ValueError(
                 f"inference.tile={tile} and overlap={overlap} must be multiples of {scale}, overlap < tile"
             )
-        self.results_file: Path | None = None  # what the only image is predicted to, instead of `results_dir`
+        self.results_file: Path | None = None  # file of the only predicted image, instead of `results_dir`
         self.skip_existing, self.skipped = False, 0  # predicted images whose file is there
         self._scores: list[Score] = []
         self._said: set[str] = set()  # why images have no number
@@ -177,7 +177,7 @@ class RestorationModule(TrainingModule):
             rows.append(Row("networks of the added losses", "base", total, 0))
         return rows
 
-    # What a method must offer
+    # Methods that a paper writes
 
     def prepare(self, x_lq: Tensor, prompts: list[str]) -> Any:
         """Make what is decided once for a whole image: an embedding, a timestep.
@@ -206,7 +206,7 @@ class RestorationModule(TrainingModule):
         return self.results_file.parent if self.results_file is not None else super().output_folder(stage)
 
     def check_output(self, stage: str) -> None:
-        """Refuse also to predict over files of other making, before anything is loaded.
+        """Refuse to overwrite files that no prediction has made, before anything is loaded.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -249,7 +249,7 @@ class RestorationModule(TrainingModule):
         Args:
             x_lq: (B,3,h,w), [0,1].
             prompts: One text an image.
-            conditions: Instead of what `prepare` would make of these images.
+            conditions: Conditions to use instead of those that `prepare` makes.
 
         Returns:
             Outputs of exactly scale times the size.
@@ -271,7 +271,7 @@ class RestorationModule(TrainingModule):
         return Upscaled(self.fix_colors(raw, x_lq), raw.clamp(0, 1))
 
     def fix_colors(self, raw: Tensor, x_lq: Tensor) -> Tensor:
-        """Restorations (B,3,scale*h,scale*w) as they are put out: with `inference.color_fix`, within [0,1]."""
+        """Output images (B,3,scale*h,scale*w): restorations after `inference.color_fix`, clamped to [0,1]."""
         return color_fix(self.inference.color_fix, raw, self.color_reference(x_lq)).clamp(0, 1)
 
     def _check_tile(self) -> None:
@@ -283,7 +283,7 @@ class RestorationModule(TrainingModule):
             )
 
     def on_fit_start(self) -> None:
-        """Say now what validation would only find out after many steps."""
+        """Report before the fit which metrics validation cannot compute."""
         super().on_fit_start()
         self._check_tile()
 
@@ -300,10 +300,10 @@ class RestorationModule(TrainingModule):
         super().on_test_start()
 
     def _refuse_without_metrics(self) -> None:
-        """Find out before the work whether a metric can be made.
+        """Check before the work that a metric can be made.
 
         Raises:
-            MetricUnavailableError: None of those asked for can.
+            MetricUnavailableError: None of the configured metrics can be made.
         """
         reasons = [reason for reason in map(self._metric, self.inference.metrics) if isinstance(reason, str)]
         if reasons and len(reasons) == len(self.inference.metrics):
@@ -336,7 +336,7 @@ class RestorationModule(TrainingModule):
         return sr
 
     def tested(self, batch: Batch, conditions: Any, sr: Tensor, batch_idx: int, dataloader_idx: int) -> None:
-        """What a method does with a tested batch besides; default: nothing."""
+        """Further work of a method on a tested batch; default: nothing."""
 
     @in_test_precision
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -354,14 +354,14 @@ class RestorationModule(TrainingModule):
             self._upscale_to(target, x_lq, prompt)
 
     def on_predict_epoch_end(self) -> None:
-        """Say what was skipped, then take the averages out."""
+        """Log the number of skipped images, then take the averages out."""
         if self.skipped:
             log.warning("%d images were there already and are left as they are", self.skipped)
         self.skipped = 0
         super().on_predict_epoch_end()
 
     def is_large(self, x_lq: Tensor) -> bool:
-        """Whether images (B,3,h,w) of this size are made tile by tile on disk when they are predicted."""
+        """True if a prediction makes images (B,3,h,w) of this size tile by tile on disk."""
         inference, (height, width) = self.inference, x_lq.shape[-2:]
         return (
             inference.large is not None
@@ -390,7 +390,7 @@ class RestorationModule(TrainingModule):
             )
 
     def _making(self, conditions: Any) -> str:
-        """A digest of what decides a tile's pixels besides the tile: settings, trained weights, conditions."""
+        """Digest of what determines a tile's pixels, except its input: settings, trained weights, conditions."""
         settings = {key: value for key, value in self.hparams.items() if key != "inference"}
         stages = {argument: stage.digest for argument, stage in self.stages.items()}
         digest = hashlib.blake2b(
@@ -435,7 +435,7 @@ class RestorationModule(TrainingModule):
                     self._scores.append(Score(method, dataset, name, metric_id, value, protocol))
 
     def _metric(self, metric_id: str) -> MetricProtocol | str:
-        """The metric, or the reason why it cannot be had, found out once."""
+        """The metric, or the reason why it is not available; computed once."""
         if metric_id not in self._metrics:
             try:
                 self._metrics[metric_id] = build_metric(metric_id, device=self.device)
@@ -445,7 +445,7 @@ class RestorationModule(TrainingModule):
         return self._metrics[metric_id]
 
     def keep_scores(self, path: Path) -> int:
-        """Write the scores of a test that did not come to its end, as far as this process has them.
+        """Write this process's scores of a test that stopped early.
 
         Args:
             path: A csv file, written if there are scores.
@@ -515,7 +515,7 @@ class RestorationModule(TrainingModule):
         """
         scores = self._gathered_scores()
         self._log_means("test", scores)
-        path = self._results() / "test" / "metrics.csv"  # asked for by all processes: trainer.log_dir is a broadcast
+        path = self._results() / "test" / "metrics.csv"  # all processes read it: trainer.log_dir is a broadcast
         if self.trainer.is_global_zero and scores:
             write_scores(path, scores)
         super().on_test_epoch_end()

@@ -1,4 +1,4 @@
-"""What a stage's checkpoint keeps of the stage before it, so that it stays the model that was trained."""
+"""Record of an earlier stage in a later stage's checkpoint, so that the checkpoint stays the model that was trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stage(NamedTuple):
     weights: dict[str, Tensor]
     """Those weights that the later stage's checkpoint holds; empty where they are too large, and only checked."""
     settings: dict[str, Any]
-    """What is needed to build networks for the weights."""
+    """Settings for building networks that fit the weights."""
 
     def record(self) -> dict[str, Any]:
         """As a checkpoint holds it; with its place below the runs' folder, where it is a run's checkpoint."""

@@ -111,14 +111,14 @@ def tiled(
         tile: Side of a tile, input pixels.
         overlap: Pixels of the input that neighbours share.
         scale: Output pixels per input pixel.
-        blend: How a tile's pixels are weighed, see `blend_window`.
+        blend: Weights of a tile's pixels, see `blend_window`.
         progress: Called as (tiles done, tiles in all) after each tile.
 
     Returns:
         The joined output, (B, C, scale * h, scale * w), in the function's output type.
 
     Raises:
-        ValueError: An argument is out of range, or the function's output has another size than `scale` says.
+        ValueError: An argument is out of range, or the function's output does not have `scale` times the tile's size.
     """
     if x_lq.ndim != 4:
         raise ValueError(f"x_lq is of shape {tuple(x_lq.shape)}; pass (B, 3, h, w)")

@@ -1,4 +1,4 @@
-"""How every method is trained, written once: optimisers by turns, reproducible draws, averages, lean checkpoints.
+"""Training of every method: optimisers by turns, reproducible draws, averages, small checkpoints.
 
 A training stage derives from `TrainingModule` and writes `configure_networks`, `training_step` and
 `configure_optimizers`; it names what it trains in `trainable`. Discriminators, teachers and the networks of losses it
@@ -129,7 +129,7 @@ class TrainingModule(LightningModule):
             self._has_training = True
 
     def builds_training(self) -> bool:
-        """Whether what only training needs is built: not where Lightning validates, tests or predicts."""
+        """True if parts that only training needs are built; false where Lightning validates, tests or predicts."""
         looking = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
         return not self.inference_only and (self._trainer is None or self.trainer.state.fn not in looking)
 
@@ -140,7 +140,7 @@ class TrainingModule(LightningModule):
         """Build what only training needs; default: nothing."""
 
     def left_out(self, name: str) -> bool:
-        """Whether a dotted name is of a child that has not been built, as only training needs it."""
+        """True if a dotted name belongs to a child that only training needs and that has not been built."""
         return not self._has_training and name.partition(".")[0] in self.training_only
 
     def networks(self) -> dict[str, nn.Module]:
@@ -148,9 +148,9 @@ class TrainingModule(LightningModule):
         return dict(self.named_children())
 
     def parameter_rows(self) -> list[Row]:
-        """What `isr parameters` prints: for each of `networks` its own weights and its adapters, each parameter once.
+        """Rows of `isr parameters`: for each of `networks` its own weights and its adapters, each parameter once.
 
-        Override to add what is no network of the method, such as text encoders (kind `text`).
+        Override to add networks that are not part of the method, such as text encoders (kind `text`).
         """
         trained = {id(parameter) for parameter in self.all_trainable().values()}
         seen: set[int] = set()
@@ -170,7 +170,7 @@ class TrainingModule(LightningModule):
         return rows
 
     def parameter_sums(self) -> dict[str, int]:
-        """Sums over rows that the paper publishes, by what they sum; default: none."""
+        """Sums of rows that the paper publishes, by name; default: none."""
         return {}
 
     # Earlier stages
@@ -204,7 +204,7 @@ class TrainingModule(LightningModule):
             raise error
 
     def take_stages(self, checkpoint: Mapping[str, Any]) -> None:
-        """Use the earlier stages that a checkpoint was trained with, whatever their files hold now.
+        """Use the earlier stages that a checkpoint was trained with, also if their files have changed.
 
         Args:
             checkpoint: A checkpoint of this method.
@@ -298,7 +298,7 @@ class TrainingModule(LightningModule):
         return matching(self, [pattern for pattern in patterns if not self.left_out(pattern)])
 
     def wants_prompts(self) -> str | None:
-        """The setting (`argument=value`) that makes the data's prompts the condition; default: None, there is none."""
+        """The setting (`argument=value`) that makes the data's prompts the condition; default: None, no prompts."""
         return None
 
     def setup(self, stage: str) -> None:
@@ -324,7 +324,7 @@ class TrainingModule(LightningModule):
         """Refuse training data without prompts.
 
         Args:
-            wanted: What reads them, `argument=value`.
+            wanted: Setting that reads them, `argument=value`.
 
         Raises:
             ValueError: No training image has a prompt.
@@ -555,7 +555,7 @@ class TrainingModule(LightningModule):
         self.check_stages()
         self.encode_texts()
         self._guard = None
-        self._run_dir = Path(self.trainer.log_dir or ".")  # asking for it is a broadcast: all processes must
+        self._run_dir = Path(self.trainer.log_dir or ".")  # reading it is a broadcast: all processes must
 
     @property
     def run_name(self) -> str:
@@ -567,7 +567,7 @@ class TrainingModule(LightningModule):
         return self.results_dir or Path(self.trainer.log_dir or ".")
 
     def output_folder(self, stage: str) -> Path:
-        """The folder that a command writes into; asking for it is a broadcast, so all processes must.
+        """The folder that a command writes into; reading it is a broadcast, so all processes must do so.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -596,7 +596,7 @@ class TrainingModule(LightningModule):
             self.check_predicted(folder)
 
     def check_predicted(self, folder: Path) -> None:
-        """Refuse to predict over files of other making, before anything is loaded.
+        """Refuse to overwrite files that no prediction has made, before anything is loaded.
 
         Args:
             folder: Where the prediction writes.
@@ -610,11 +610,11 @@ class TrainingModule(LightningModule):
         refuse_foreign(targets)
 
     def predicted_files(self, folder: Path) -> list[Path]:
-        """The files that a prediction will write into a folder, as far as the data says; default: none."""
+        """The files that a prediction will write into a folder, as far as the data knows them; default: none."""
         return []
 
     def names_to_predict(self) -> list[str]:
-        """Names of the images to predict; none where the data module does not say."""
+        """Names of the images to predict; none where the data module does not know them."""
         names = getattr(getattr(self.trainer, "datamodule", None), "names_to_predict", None)
         return [] if names is None else names()
 
@@ -643,7 +643,7 @@ class TrainingModule(LightningModule):
             pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
             write_png(self._run_dir / "images" / f"{file_name(name)}_step{step}.png", pixels)
 
-    # The averaged weights are what is looked at
+    # Validation, test and prediction use the averaged weights
 
     def _swap_ema(self) -> None:
         if self.ema is not None:
@@ -654,7 +654,7 @@ class TrainingModule(LightningModule):
         self.check_stages()
         self.encode_texts()
         if self._trainer is not None:
-            self._run_dir = self._results()  # asking for it is a broadcast: all processes must
+            self._run_dir = self._results()  # reading it is a broadcast: all processes must
         self._swap_ema()
 
     def on_validation_epoch_end(self) -> None:
@@ -723,7 +723,7 @@ class TrainingModule(LightningModule):
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser reads on the device that it is not to step."""
+    """True if an optimiser reads on the device that it must skip its step."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 

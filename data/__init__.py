@@ -1,4 +1,4 @@
-"""DataModules and what they are made of: images, degradations, datasets, benchmarks, embedded photos."""
+"""DataModules and their parts: images, degradations, datasets, benchmarks, embedded photos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Photos", "SRData"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # asked for, so Lightning may be imported; `import data.photos` alone stays light
+    if name in __all__:  # Lightning is imported only here, so `import data.photos` alone is fast
         from data import datamodules
 
         return getattr(datamodules, name)

@@ -40,8 +40,8 @@ def load_benchmark(
 
     Raises:
         FileNotFoundError: The folder does not exist, or has only one of `test_LR` and `test_HR`.
-        ValueError: Its files do not pair up or do not fit the scale, it holds no images, or it looks paired and is not
-            understood.
+        ValueError: Its files do not pair up or do not fit the scale, it holds no images, or it looks paired but its
+            layout is unknown.
     """
     pairs = load_pairs(source, scale, prompts, on_error, argument)
     if pairs is not None:
@@ -58,7 +58,7 @@ def load_benchmark(
 def load_pairs(
     source: str | Path | PairFolders, scale: int, prompts: GivenPrompts, on_error: OnError, argument: str
 ) -> Benchmark | None:
-    """Open a benchmark that holds pairs; None if the source holds none. Arguments and errors as of `load_benchmark`."""
+    """Open a benchmark that holds pairs; None if the source holds none. Arguments, errors: see `load_benchmark`."""
     if isinstance(source, PairFolders):
         return Benchmark(
             _name(source.place), Pairs(source.lq, source.hq, scale, source.csv, prompts, on_error, argument)
@@ -73,7 +73,7 @@ def load_pairs(
 
 
 def folder_layout(folder: Path, scale: int, argument: str) -> Layout | None:
-    """The layout of the pairs in a folder; None for anything else. Arguments and errors as of `find_layout`.
+    """The layout of the pairs in a folder; None for anything else. Arguments and errors as for `find_layout`.
 
     Raises:
         FileNotFoundError: The folder has only one of `test_LR` and `test_HR`.

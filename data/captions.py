@@ -1,7 +1,7 @@
-"""What `isr caption` needs but the captions themselves: photos cut to patches, a journal of the work, the manifest.
+"""Parts of `isr caption` around the captioner: photos cut to patches, a journal of the work, the manifest.
 
-The journal lies beside the manifest while the work goes on: JSON lines, the settings first, then one line a caption,
-on the disk before the next batch begins. A process can be killed at any time; the next one goes on from the journal.
+The journal lies beside the manifest until the work is done: JSON lines, the settings first, then one line a caption,
+on the disk before the next batch begins. A process can be killed at any time; the next one continues from the journal.
 Where several processes share the work, each has a journal of its own, and the last to end joins them.
 """
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
-    """What a caption is of: a file by its name in the manifest, and a window of it or, None, all of it."""
+    """Subject of a caption: a file by its name in the manifest, and a window of it; None is the whole file."""
 
     name: str
     window: Window | None
@@ -45,10 +45,10 @@ def windows(height: int, width: int, patch: int, stride: int) -> list[Window]:
     """Cover a photo with square patches, row by row; the last of a row or column is moved inside.
 
     Args:
-        height: Of the photo, px.
-        width: Of the photo, px.
+        height: Height of the photo, px.
+        width: Width of the photo, px.
         patch: Side of a patch, px.
-        stride: From one patch to the next, px; at most `patch`.
+        stride: Distance from one patch to the next, px; at most `patch`.
 
     Returns:
         The patches; none if the photo is smaller than one.
@@ -66,12 +66,12 @@ class Patches:
         paths: The images; one named twice is captioned once and written twice.
         folder: Where the manifest will lie. Images below it are named relative to it, others by their full path.
         patch: Side of a patch in px; None takes whole images of any size.
-        stride: From one patch to the next, px.
-        most: At most so many patches of an image, spread evenly over it; None takes all.
+        stride: Distance from one patch to the next, px.
+        most: Largest number of patches of an image, spread evenly over it; None takes all.
 
     Attributes:
-        keys: What there is to caption, by file.
-        skipped: Why files were left out, one line each; unreadable ones may be found as late as in `batches`.
+        keys: Patches or images to caption, by file.
+        skipped: Reasons for files that were left out, one line each; `batches` may find unreadable ones, too.
         unreadable: Those found in `batches`: name in the manifest -> why.
     """
 
@@ -107,17 +107,17 @@ class Patches:
                 del self.keys[path]
 
     def all_keys(self) -> list[Key]:
-        """What the manifest lists, in its order: image by image as the source names them."""
+        """Rows of the manifest in its order: image by image as the source names them."""
         return [key for path in self.paths for key in self.keys.get(path, [])]
 
     def batches(self, done: Mapping[Key, str], batch_size: int) -> Iterator[tuple[list[Key], Tensor]]:
-        """Read what has no caption yet.
+        """Read the patches that have no caption yet.
 
         A file that turns out to be unreadable moves from `keys` to `skipped`. Files without work are not read.
 
         Args:
-            done: Captions there are.
-            batch_size: At most so many patches a batch; they are of one size.
+            done: Existing captions.
+            batch_size: Largest number of patches in a batch; they are of one size.
 
         Yields:
             The keys of a batch, and its patches: (B, 3, h, w), [0, 1].
@@ -146,7 +146,7 @@ class Patches:
 
 
 def _name(path: Path, folder: Path) -> str:
-    """What the manifest calls a file."""
+    """Name of a file in the manifest."""
     name, root = os.path.abspath(path), os.path.join(os.path.abspath(folder), "")
     try:
         name.encode()
@@ -167,17 +167,17 @@ def _stack(crops: Sequence[Pixels]) -> Tensor:
 class Journal:
     """The captions made so far, in a file that is complete whenever the process dies.
 
-    Only one process at a time can hold it. Lines that a crash left torn are dropped; what they held is captioned again.
+    One process at a time can hold it. Incomplete lines after a crash are dropped; their patches are captioned again.
 
     Args:
-        path: The file; it is gone on with, or begun.
-        settings: What the captions depend on.
+        path: The file; an existing one is continued.
+        settings: Settings that the captions depend on.
 
     Attributes:
-        done: The captions, by what they are of.
+        done: The captions by their subjects.
 
     Raises:
-        ValueError: The file is no journal, was begun with other settings, or another process holds it.
+        ValueError: The file is not a journal, was begun with other settings, or another process holds it.
     """
 
     _BEGIN = b'{"isr caption": '
@@ -266,12 +266,12 @@ class Journal:
         self._append("".join(json.dumps([name, reason]) + "\n" for name, reason in unreadable.items()))
 
     def close(self) -> None:
-        """Let go of the file, which stays."""
+        """Close the file and keep it."""
         with suppress(OSError):  # of a full disk, which `add` has reported
             self._file.close()
 
     def remove(self) -> None:
-        """Delete the file: all it holds is elsewhere."""
+        """Delete the file, as the manifest holds its captions."""
         self.path.unlink()
         self.close()
 
@@ -280,7 +280,7 @@ def _take_lines(lines: Iterable[bytes], done: dict[Key, str], unreadable: dict[s
     """Add a journal's lines but the first to captions and to reasons why images were left out.
 
     Returns:
-        How many lines are torn, and the bytes of those that end as lines do.
+        Number of incomplete lines, and the bytes of the complete ones.
     """
     torn = whole = 0
     for line in lines:
@@ -300,7 +300,7 @@ def _take_lines(lines: Iterable[bytes], done: dict[Key, str], unreadable: dict[s
 
 
 def _holder(descriptor: int) -> str:
-    """The process that has locked a file, as far as Linux tells."""
+    """The process that has locked a file; Linux only."""
     inode = os.fstat(descriptor).st_ino
     with suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
@@ -317,7 +317,7 @@ class Shard(NamedTuple):
     of: int = 1
 
     def journal(self, output: Path) -> Path:
-        """Where the journal of this part lies."""
+        """Path of this part's journal."""
         part = "" if self.of == 1 else f".{self.number}-of-{self.of}"
         return output.with_name(f"{output.name}{part}.part")
 
@@ -372,7 +372,7 @@ def joined(journals: Iterable[Path], patches: Patches) -> dict[Key, str] | None:
 
 
 def check_manifest(path: Path, argument: str) -> None:
-    """Refuse what `write_manifest` could not write in the end.
+    """Refuse a manifest that `write_manifest` could not write.
 
     Raises:
         ValueError: The name ends in neither .parquet nor .csv, or parquet cannot be written here.

@@ -41,7 +41,7 @@ def apply_profile(samples: NDArray, profile: bytes, path: object) -> Pixels | No
         path: The image's file, for the log.
 
     Returns:
-        (H, W, 3), or None where nothing is to be done: the profile is sRGB, or it cannot be used. The log names an
+        (H, W, 3), or None if nothing is converted: the profile is sRGB, or it cannot be used. The log names an
         unusable profile and its first file once in each process.
     """
     converter = _converter(profile, samples.shape[2], samples.dtype == np.uint16)
@@ -55,7 +55,7 @@ def apply_profile(samples: NDArray, profile: bytes, path: object) -> Pixels | No
 
 @functools.lru_cache(maxsize=64)
 def _converter(profile: bytes, channels: int, deep: bool) -> Convert | str | None:
-    """The function that converts, None for sRGB, or why the profile cannot be used."""
+    """The conversion, None for sRGB, or the reason why the profile cannot be used."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = opened.profile.xcolor_space.strip()

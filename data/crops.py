@@ -47,11 +47,11 @@ class CleanCrops(Dataset[dict[str, Any]]):
     """Random crops, flips and transpositions of a split's photos; item i depends on (seed, i) alone.
 
     Args:
-        split: Which photos.
+        split: Split of the photos.
         crop_size: Side of a crop in px.
         length: Items of an epoch.
         seed: First part of every item's random state.
-        jitter: How colours vary, see `_jitter`.
+        jitter: Variation of colours, see `_jitter`.
     """
 
     def __init__(self, split: Split, crop_size: int, length: int, seed: int = 0, jitter: Jitter = "colour") -> None:
@@ -85,7 +85,7 @@ class GridCrops(Dataset[dict[str, Any]]):
     """The non-overlapping crops of a split's photos, in order.
 
     Args:
-        split: Which photos.
+        split: Split of the photos.
         crop_size: Side of a crop in px.
     """
 
@@ -116,7 +116,7 @@ class PhotoCrops(LightningDataModule):
         steps: Batches of the one epoch that training takes.
         num_workers: Processes that make batches.
         seed: Random seed of the crops; null takes `--seed_everything`, 0 in Python.
-        jitter: How the colours of training crops vary: `none`, `gain` a channel, or `colour` (tints too).
+        jitter: Variation of the training crops' colours: `none`, `gain` per channel, or `colour` (tints too).
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class PhotoCrops(LightningDataModule):
         self.steps, self.num_workers, self.seed, self.jitter = steps, num_workers, seed or 0, jitter
 
     def inventories(self, stage: str) -> list[Inventory]:
-        """What the sets of a stage hold."""
+        """Inventories of a stage's sets."""
         splits: tuple[Split, ...] = ("train", "val") if stage == "fit" else ("val",)
         return [Inventory(split, None, len(PHOTOS[split]), "photos to crop") for split in splits]
 

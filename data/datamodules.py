@@ -57,10 +57,10 @@ def _single_thread(_worker: int) -> None:
 
 
 def _distinct(sets: Sequence[NamedSet], sources: Sequence[PairSource]) -> list[NamedSet]:
-    """Give sets of one name names of their own.
+    """Give sets of the same name distinct names.
 
     Raises:
-        ValueError: One set is there twice.
+        ValueError: A set is given twice.
     """
     same = {source if isinstance(source, PairFolders) else Path(source).expanduser().resolve() for source in sources}
     if len(same) < len(sources):
@@ -93,20 +93,20 @@ def _hq_side(source: str | Part, scale: int) -> tuple[list[str | Part], Layout |
 class SRData(LightningDataModule):
     """Good photos degraded on the fly for training; benchmarks for validation, test and prediction.
 
-    The order of training samples and all that is random in them follow from `seed` and the place in the run: a resumed
-    run goes on with the next sample, and neither workers nor the number of ranks change what is seen. Run it under a
-    Trainer with `use_distributed_sampler=False`: the samplers here share the data out themselves.
+    The order of training samples and all random numbers in them depend on `seed` and the place in the run alone. A
+    resumed run continues with the next sample, and neither workers nor the number of ranks change the samples. Run it
+    under a Trainer with `use_distributed_sampler=False`: the samplers here divide the data among the ranks.
 
     Args:
         train: Good photos: folder (searched recursively), txt list, csv or parquet manifest (column image_path,
             optionally prompt, optionally top, left, side of a window in px, as isr caption writes them), or a list of
             these. `{source: FFHQ, first: 10000, weight: 2}` takes the first photos of one and draws each twice a pass.
-            Of a folder of pairs, the HQ images are taken and degraded.
+            A folder of pairs gives its HQ images, which are degraded.
         val: One or more sets: folders of pairs (test_LR and test_HR, LR and HR, lq and gt, RealSR's names in one folder
             and other layouts of published sets), two folders as `{lq: A, hq: B}` (optionally `csv`, a table with the
             columns lq and hq), or good photos, or windows of them as for train, that are cut to a grid and degraded.
         test: One or more sets: pairs as for val, or folders of low-quality images without references.
-        predict: Low-quality images: folder, image, txt list or manifest. Of a folder of pairs, the LQ images are taken.
+        predict: Low-quality images: folder, image, txt list or manifest. A folder of pairs gives its LQ images.
         scale: Super-resolution factor.
         crop_size: Side of a training crop, HQ px.
         batch_size: Training crops of one process's batch; null is 4, or what `global_batch_size` gives.
@@ -114,19 +114,19 @@ class SRData(LightningDataModule):
             `model.accumulate` makes an update of. A process's batch follows from it. Set this or batch_size.
         num_workers: Processes that make training batches on each rank; 0 makes them in the main process.
         degradation: osediff, omgsr, invsr, bicubic, or a DegradationConfig's fields.
-        train_degradation: Likewise, of training crops alone; null is `degradation`.
+        train_degradation: Degradation of training crops alone, with the same values; null is `degradation`.
         batches_per_epoch: Training batches that Lightning calls an epoch; null is one pass over the photos.
         eval_crop_size: Side of the crops that photos for validation are cut to, HQ px; null is crop_size.
-        val_seeds: Degradations of each such crop.
-        val_crops: At most so many crops of each such set, spread evenly over it; null is all.
+        val_seeds: Number of degradations of each such crop.
+        val_crops: Largest number of crops of each such set, spread evenly over it; null is all.
         seed: Random seed of order, crops, flips and degradations in training; null takes `--seed_everything`, 0 in
             Python. Validation and test degrade alike in all runs.
         flips: `horizontal` mirrors training crops left to right at random, `all` also turns them by 90, 180 or 270
             degrees, `none` leaves them upright.
         prompts: A folder of <image name>.txt or a csv with columns name and prompt, for all sets, or one for each of
             train, val, test and predict. Images whose manifest has a prompt keep that. null: prompts are empty.
-        on_error: What is done about images that are unreadable or, in pairs, do not fit: skip (counted and named) or
-            raise. null: raise for pairs and test sets, as a mean over fewer images is another mean, else skip.
+        on_error: Action for images that are unreadable or, in pairs, do not fit: skip (counted and named) or raise.
+            null: raise for pairs and test sets, as a mean over fewer images is another mean, else skip.
 
     Attributes:
         dataset_names: Names of the sets behind the loaders of "val" and "test", in order; known after `setup`.
@@ -196,7 +196,7 @@ class SRData(LightningDataModule):
         self._sets: dict[str, list[Dataset[Sample]]] = {"val": [], "test": [], "predict": []}
 
     def _degradation(self, wanted: str | DegradationConfig, argument: str = "degradation") -> Degradation | None:
-        """What makes LQ crops; None is bicubic. A preset takes on the scale; own fields must name the same."""
+        """Degradation that makes LQ crops; None is bicubic. A preset uses the scale; own fields must name the same."""
         if wanted == "bicubic":
             return None
         if isinstance(wanted, str):
@@ -306,7 +306,7 @@ class SRData(LightningDataModule):
         self._sets[split] = [images for _, images in sets]
 
     def inventories(self, stage: str) -> list[Inventory]:
-        """What the sets of a stage hold, known after `setup(stage)`."""
+        """Inventories of a stage's sets, known after `setup(stage)`."""
         splits = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
         sets: dict[str, list[Any]] = {"train": [self.train_images] if self.train_images is not None else []}
         return [images.inventory(split) for split in splits for images in (sets | self._sets)[split]]
@@ -315,7 +315,7 @@ class SRData(LightningDataModule):
         """Refuse an output folder that is, holds or lies in an input; see `Inventory.check_apart`.
 
         Args:
-            stage: Whose inputs; known after `setup(stage)`.
+            stage: Stage whose inputs are checked; they are known after `setup(stage)`.
             output: The folder.
             within: Allow input files in the output folder.
 
@@ -326,7 +326,7 @@ class SRData(LightningDataModule):
             inventory.check_apart(output, within)
 
     def names_to_predict(self) -> list[str]:
-        """Names of the images to predict, after which the results are called; known after `setup("predict")`."""
+        """Names of the images to predict and of their results; known after `setup("predict")`."""
         sets: list[Any] = self._sets["predict"]
         return [name for images in sets for name in images.sample_names]
 
@@ -402,7 +402,7 @@ class SRData(LightningDataModule):
         return int(getattr(total, "processed", total.completed))
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the stream, from where the run stands."""
+        """Batches of the stream, from the run's position on."""
         if self.train_images is None:
             raise RuntimeError("train_dataloader was asked before setup('fit'); call setup('fit') first")
         world_size, rank = self._ranks()
@@ -461,10 +461,10 @@ class Photos(SRData):
     Args:
         crop_size: Side of a training crop, HQ px.
         eval_crop_size: Side of the crops that validation and test photos are cut to, HQ px.
-        test_seeds: Degradations of each test crop.
-        test_crops: Keep at most so many of them, spread evenly; null keeps all.
+        test_seeds: Number of degradations of each test crop.
+        test_crops: Largest number of them, spread evenly; null keeps all.
         num_workers: Processes that make training batches on each rank; 0 makes them in the main process.
-        **kwargs: As for SRData. Sets that are null are the embedded photos; predict takes the test photos' crops.
+        **kwargs: Arguments of SRData. Sets that are null are the embedded photos; predict takes the test photos' crops.
 
     Raises:
         ValueError: An argument is out of range.
@@ -508,7 +508,7 @@ class Photos(SRData):
         )
 
     def inventories(self, stage: str) -> list[Inventory]:
-        """As for SRData; embedded photos are called so."""
+        """Inventories as for SRData; embedded photos have a layout of that name."""
         found = super().inventories(stage)
         return [replace(one, source=None) if one.argument == "train" and not self.train else one for one in found]
 

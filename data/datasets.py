@@ -62,7 +62,7 @@ def check_on_error(on_error: str) -> None:
     """Refuse anything but "skip" and "raise".
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is another value.
     """
     if on_error not in {"skip", "raise"}:
         raise ValueError(f"on_error={on_error} is unknown; set on_error to skip or raise")
@@ -72,7 +72,7 @@ def check_crop_size(crop_size: int, scale: int, argument: str = "crop_size") -> 
     """Refuse a crop whose LQ side would not be a whole number of px.
 
     Raises:
-        ValueError: The scale is below 1, or the crop no positive multiple of it.
+        ValueError: The scale is below 1, or the crop is not a positive multiple of it.
     """
     if scale < 1:
         raise ValueError(f"scale={scale} is out of range; set scale >= 1")
@@ -84,7 +84,7 @@ def check_crop_size(crop_size: int, scale: int, argument: str = "crop_size") -> 
 
 
 def unique_names(paths: Sequence[Path], root: Path | None = None) -> Packed:
-    """A name for each file, unique, to call results by.
+    """A unique name for each file, used for its results.
 
     Args:
         paths: Distinct files.
@@ -93,7 +93,7 @@ def unique_names(paths: Sequence[Path], root: Path | None = None) -> Packed:
 
     Returns:
         Names without extension; files of one stem (`a.png`, `a.jpg`) keep theirs. See `plain_name` for names with
-        line ends, with bytes that are no UTF-8, and for very long ones.
+        line ends, with bytes that are not UTF-8, and for very long ones.
     """
     texts = path_texts(paths)
     if root is None:
@@ -185,7 +185,7 @@ class Prompts:
         return self._places.places(whole), self._places.places(last)
 
     def require(self, names: Sequence[str]) -> None:
-        """Refuse to go on without a prompt for each of the names.
+        """Refuse names without a prompt.
 
         Raises:
             ValueError: Some have none, or several images share one by the last part of their names; the first five are
@@ -226,7 +226,7 @@ class Texts:
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files that hold prompts, besides a manifest."""
+        """The files that hold prompts, except manifests."""
         return self.prompts.files if isinstance(self.prompts, Prompts) else []
 
     def __init__(self, given: Sequence[str | None], names: Sequence[str], prompts: GivenPrompts) -> None:
@@ -252,15 +252,15 @@ def degrade(hq: Pixels, degradation: Degradation | None, scale: int, rng: np.ran
 
     Args:
         hq: (s*h, s*w, 3) uint8.
-        degradation: What does it, or None for bicubic down-sampling.
+        degradation: Degradation, or None for bicubic down-sampling.
         scale: The factor s.
-        rng: Where its random numbers come from.
+        rng: Source of its random numbers.
 
     Returns:
         (h, w, 3) uint8.
 
     Raises:
-        ValueError: The degradation's own scale is another.
+        ValueError: The degradation has another scale.
     """
     lq = bicubic_downsample(hq, scale) if degradation is None else degradation(hq, rng)
     if lq.shape[0] * scale != hq.shape[0] or lq.shape[1] * scale != hq.shape[1]:
@@ -284,7 +284,7 @@ def check_window(path: Path, window: Window, size: tuple[int, int], argument: st
     """Refuse a window that reaches beyond its photo.
 
     Raises:
-        ImageError: It does; the message names the photo and the argument that lists the window.
+        ImageError: The window is too large; the message names the photo and the argument that lists the window.
     """
     height, width = size
     if window.top + window.side > height or window.left + window.side > width:
@@ -309,15 +309,15 @@ class HQImages(Dataset[Sample]):
     """Random crops of good photos, or of windows of them, with their degraded versions; keys come from StreamSampler.
 
     A photo smaller than the crop is continued at its right and lower edge by reflection, as the field's loaders do.
-    All that is random in a sample depends on (seed, epoch, index) only. `layout` is how the inventory calls what the
-    source holds.
+    All random numbers of a sample depend on (seed, epoch, index) only. `layout` is the source's layout in the
+    inventory.
 
     Args:
         source: Photos, see `data.images.list_entries`. A manifest's row with a window (`top`, `left`, `side`) is that
             part of its photo, with that row's prompt; the crop is then taken within it.
         scale: Super-resolution factor.
         crop_size: Side of the HQ crop in px, a multiple of the scale, at most the side of every window.
-        degradation: What makes the LQ crop; None is bicubic down-sampling.
+        degradation: Degradation that makes the LQ crop; None is bicubic down-sampling.
         seed: First part of every sample's random state.
         prompts: Prompts of the images whose manifest gives none; without it theirs are empty.
         on_error: "skip" takes the next photo instead of an unreadable one, which is counted and named once; "raise"
@@ -374,11 +374,11 @@ class HQImages(Dataset[Sample]):
 
     @property
     def skipped(self) -> list[Path]:
-        """The unreadable files met so far by this process and its workers."""
+        """The unreadable files that this process and its workers have found so far."""
         return [self._files[file] for file in torch.nonzero(self._unreadable).flatten().tolist()]
 
     def inventory(self, argument: str) -> Inventory:
-        """What the source holds; unreadable files count as not used once they were met."""
+        """Inventory of the source; unreadable files count as not used once they are found."""
         reasons = {}
         for file in torch.nonzero(self._unreadable).flatten().tolist():
             try:
@@ -467,7 +467,7 @@ class Pair:
 
 
 def _pairs_of_csv(table: Path, lq_dir: Path, hq_dir: Path) -> tuple[list[tuple[Path, Path, str | None]], list[str]]:
-    """Pairs as a csv with the columns lq and hq says, relative to the two folders, and what it names in vain."""
+    """Pairs of a csv with the columns lq and hq, relative to the two folders, and the files in it that do not exist."""
     if not table.is_file():
         raise FileNotFoundError(f"csv={table} does not exist; give a table with the columns lq and hq")
     columns, rows = read_table(table, "csv")
@@ -487,23 +487,23 @@ def _pairs_of_csv(table: Path, lq_dir: Path, hq_dir: Path) -> tuple[list[tuple[P
 class Pairs(Dataset[Sample]):
     """Low-quality images with their references, whole, for validation and test.
 
-    Files are paired by name (equal stem; then without suffixes like _LR4 and _HR, x4, _x1), or as a csv says: never by
-    their position in a listing. Names are those of the LQ files.
+    Files are paired by name (equal stem; then without suffixes like _LR4 and _HR, x4, _x1) or by a csv, never by their
+    position in a listing. Names are those of the LQ files.
 
     Args:
         lq_dir: Folder of LQ images.
         hq_dir: Folder of HQ images.
         scale: Super-resolution factor.
-        csv: Table with the columns `lq` and `hq` (paths relative to the two folders) and optionally `prompt`; pairs
-            what it lists and nothing else.
+        csv: Table with the columns `lq` and `hq` (paths relative to the two folders) and optionally `prompt`; only
+            listed files are paired.
         prompts: Prompts of the LQ images; without it they are empty.
-        on_error: What is done about unreadable, unmatched and ambiguous files and pairs of a wrong size: "raise", or
-            "skip" and name them.
+        on_error: Action for unreadable, unmatched and ambiguous files and pairs of a wrong size: "raise", or "skip"
+            and name them.
         argument: Name of the user's argument, for messages.
 
     Attributes:
         sources: The folders whose files `inventory` counts.
-        layout: How the inventory calls what they hold.
+        layout: Their layout in the inventory.
 
     Raises:
         FileNotFoundError: A folder or the csv does not exist.
@@ -556,7 +556,7 @@ class Pairs(Dataset[Sample]):
         self.texts = Texts([pair.prompt for pair in self.pairs], names, prompts)
 
     def inventory(self, argument: str) -> Inventory:
-        """What the folders hold; an image without a partner is not used."""
+        """Inventory of the folders; an image without a partner is not used."""
         used = [path for pair in self.pairs for path in (pair.lq, pair.hq)]
         unused = unused_files(self.sources, [used, self.texts.files], self._broken, "is in no pair")
         return Inventory(argument, self.sources, len(self.pairs), self.layout, unused, used)
@@ -626,7 +626,7 @@ class LQImages(Dataset[Sample]):
         source: Images, see `data.images.list_images`.
         prompts: Prompts of the images whose manifest gives none; without it theirs are empty.
         on_error: "raise" stops at a file without a readable header, and at a damaged one when its turn comes; "skip"
-            reads all files beforehand, names the unreadable ones and goes on without them.
+            reads all files beforehand, names the unreadable ones and continues without them.
         argument: Name of the user's argument, for messages.
 
     Raises:
@@ -686,11 +686,11 @@ class LQImages(Dataset[Sample]):
 
     @property
     def skipped(self) -> list[str]:
-        """Why files were left out."""
+        """Reasons for files that were left out."""
         return list(self._broken.values())
 
     def inventory(self, argument: str) -> Inventory:
-        """What the source holds."""
+        """Inventory of the source."""
         unused = unused_files(self.source, [self.paths, self.texts.files], self._broken, "not used")
         return Inventory(argument, self.source, len(self.paths), self.layout, unused, self.paths)
 
@@ -709,18 +709,18 @@ class LQImages(Dataset[Sample]):
 class DegradedCrops(Dataset[Sample]):
     """A fixed grid of crops of good photos, or of windows of them, each degraded under fixed seeds.
 
-    The grid starts at the upper left and leaves out what is over at the right and below. A crop's degradation depends
+    The grid starts at the upper left; incomplete crops right and below are dropped. A crop's degradation depends
     on its name and its seed, so it stays the same when photos are added. For validation and test.
 
     Args:
         paths: Photos by name, or a source as in `data.images.list_entries`. A manifest's row with a window (`top`,
             `left`, `side`) is that part of its photo, with that row's prompt.
         crop_size: Side of an HQ crop in px, a multiple of the scale.
-        seeds: Each crop is there once for each of them.
-        degradation: What makes the LQ crop; None is bicubic down-sampling.
+        seeds: Seeds of the degradations; each crop appears once for each seed.
+        degradation: Degradation that makes the LQ crop; None is bicubic down-sampling.
         scale: Super-resolution factor.
         prompts: Prompts of the photos whose manifest gives none; without it theirs are empty.
-        max_crops: Keep at most so many, spread evenly over all; None keeps all.
+        max_crops: Largest number of crops, spread evenly over all; None keeps all.
         on_error: "raise", or "skip" for photos that cannot be read or are smaller than a crop; they are named.
         argument: Name of the user's argument, for messages.
 
@@ -764,7 +764,7 @@ class DegradedCrops(Dataset[Sample]):
         self._last: tuple[Path, Raster] | None = None  # crops come photo by photo
 
     def _list(self, paths: Mapping[str, Path] | Source, prompts: GivenPrompts) -> None:
-        """Entries, names and texts of what is cut."""
+        """Entries, names and texts of the photos that are cut."""
         if isinstance(paths, Mapping):
             self.entries = Entries(map(Entry, paths.values()))
             self._photos: Sequence[str] = list(paths)
@@ -821,16 +821,16 @@ class DegradedCrops(Dataset[Sample]):
         return entry, *divmod(cell, int(self._columns[entry])), self._seeds[seed]
 
     def _name(self, entry: int, row: int, column: int) -> str:
-        """A crop's name: of its photo, its window and its place there."""
+        """A crop's name: its photo, its window and its place in it."""
         return "_".join(map(str, (self._photos[entry], *(self.entries.window(entry) or ()), f"r{row}c{column}")))
 
     @property
     def skipped(self) -> list[str]:
-        """Why photos were left out."""
+        """Reasons for photos that were left out."""
         return list(self._broken.values())
 
     def inventory(self, argument: str) -> Inventory:
-        """What the source holds: photos, cut to crops."""
+        """Inventory of the source: photos, cut to crops."""
         good = np.fromiter((path not in self._broken for path in self.entries.files), bool)
         used = Paths(Picked(self.entries.files.texts, np.flatnonzero(good)))
         given = self.entries.windows

@@ -1,7 +1,7 @@
-"""Image files in and out: whatever a folder holds becomes uint8 RGB, or an error that names the file.
+"""Reading of image files: any file of a folder becomes uint8 RGB, or an error that names the file.
 
-Colour profiles are applied here and nowhere else: all that leaves `read_image` is sRGB. The field's own loaders take a
-file's numbers as sRGB, whatever its profile says.
+Colour profiles are applied only here: `read_image` always returns sRGB. The field's own loaders ignore the profile and
+take a file's numbers as sRGB.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Part:
 
     Args:
         source: Folder, txt list, csv or parquet manifest.
-        first: How many photos to take, the first ones in the order of the list or of the sorted paths; null is all.
+        first: Number of photos to take, the first ones in the order of the list or of the sorted paths; null is all.
             Windows of one photo count as one.
-        weight: How many times one pass over the data draws each of them.
+        weight: Number of times that one pass over the data draws each of them.
 
     Raises:
         ValueError: A number is out of range.
@@ -91,7 +91,7 @@ Source = str | Path | Part | Sequence[str | Path | Part]
 
 
 class Entry(NamedTuple):
-    """An image that a source lists; what the source does not give is None."""
+    """An image that a source lists; values that the source does not give are None."""
 
     path: Path
     prompt: str | None = None
@@ -99,7 +99,7 @@ class Entry(NamedTuple):
 
 
 class Entries(Lazy[Entry]):
-    """What a source lists, in about the bytes of its texts and 28 more a row, however often a row names one file.
+    """The entries of a source, in about the bytes of its texts and 28 more a row, also if many rows name one file.
 
     Args:
         rows: The entries.
@@ -169,16 +169,16 @@ class Entries(Lazy[Entry]):
 
 
 class ImageError(ValueError):
-    """A file that is not a readable image; the message names it and says why."""
+    """A file that is not a readable image; the message names it and the reason."""
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether the name ends like an image file, in upper or lower case."""
+    """True if the name ends like an image file, in upper or lower case."""
     return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a folder's entry is left out of listings: dot-files, and what macOS puts into archives."""
+    """True if listings leave out a folder's entry: dot-files, and the files that macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -208,13 +208,13 @@ def _bytes(path: str | Path) -> bytes:
 def read_raster(path: str | Path) -> Raster:
     """Decode an image file of any common kind, with the colours that its profile describes; `rgb` makes them sRGB.
 
-    Orientation is applied. Of an animation or a file of several pages the first one is taken.
+    Orientation is applied. An animation gives its first frame, a file of several pages its first page.
 
     Args:
         path: The file.
 
     Raises:
-        ImageError: The file is missing, empty, truncated, no image, too large for the memory there is, or of a kind
+        ImageError: The file is missing, empty, truncated, not an image, too large for the free memory, or of a kind
             that is refused; the message names the file and the reason.
     """
     data = _bytes(path)
@@ -227,7 +227,7 @@ def read_raster(path: str | Path) -> Raster:
 def _reason(error: Exception) -> object:
     if isinstance(error, UnidentifiedImageError):
         return "not an image PIL can identify"
-    if "MAX_TEXT" in str(error):  # PIL's advice is to change its constant
+    if "MAX_TEXT" in str(error):  # PIL's message advises to change its constant
         return f"its texts or its colour profile take more than {MOST_TEXT} bytes; save it without them"
     return error
 
@@ -236,9 +236,9 @@ def read_image(path: str | Path) -> Pixels:
     """Read any common image file as 8-bit sRGB.
 
     Orientation is applied. Grey, palette, CMYK and grey-alpha files become RGB. Colours are converted from the file's
-    profile to sRGB; a file without one is sRGB already. Transparent pixels are composited over white, what viewers
-    show; merely dropping alpha would bring up colours nobody has ever seen. 16-bit values are divided by 257 and
-    rounded. Of an animation the first frame is taken.
+    profile to sRGB; a file without one is sRGB already. Transparent pixels are composited over white, as
+    viewers do; dropping alpha would show colours that are meant to be hidden. 16-bit values are divided by 257 and
+    rounded. An animation gives its first frame.
 
     Args:
         path: The file.
@@ -256,7 +256,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """Height and width in px of what `read_image` gives; most kinds need only their header read.
 
     Raises:
-        ImageError: The header cannot be read, or says that `read_image` refuses the file.
+        ImageError: The header cannot be read, or it shows that `read_image` refuses the file.
     """
     try:
         with Path(path).open("rb") as file:
@@ -380,7 +380,7 @@ def _listed(path: Path, argument: str) -> Iterator[Entry]:
 
 
 def list_entries(source: Source, argument: str = "source") -> Entries:
-    """Find out which image files, or which windows of them, are meant.
+    """List the image files, or the windows of them, that a source names.
 
     Args:
         source: A folder (searched recursively; sorted by relative path), an image file, a txt list (one path a line),
@@ -395,7 +395,7 @@ def list_entries(source: Source, argument: str = "source") -> Entries:
 
     Raises:
         FileNotFoundError: The source, or a file it lists, does not exist (the first five are named).
-        ValueError: The source holds no images, is of an unknown kind, or has a window that is none.
+        ValueError: The source holds no images, is of an unknown kind, or has an invalid window.
     """
     if isinstance(source, Part):
         return Entries(source.of(list_entries(source.source, argument)))
@@ -430,7 +430,7 @@ def list_entries(source: Source, argument: str = "source") -> Entries:
 
 
 def whole_entries(source: Source, argument: str = "source") -> Entries:
-    """Find out which image files are meant, where only whole images are of use; arguments as for `list_entries`.
+    """List the image files that a source names, and refuse windows; arguments as for `list_entries`.
 
     Raises:
         FileNotFoundError: The source, or a file it lists, does not exist (the first five are named).
@@ -447,7 +447,7 @@ def whole_entries(source: Source, argument: str = "source") -> Entries:
 
 
 def list_images(source: Source, argument: str = "source") -> list[tuple[Path, str | None]]:
-    """Find out which image files are meant; arguments and errors as of `whole_entries`.
+    """List the image files that a source names; arguments and errors are those of `whole_entries`.
 
     Returns:
         (path, prompt) in a fixed order; the prompt is None where the source gives none.

@@ -1,4 +1,4 @@
-"""What a source holds: its images, their layout, and the files that are there and not used."""
+"""Inventory of a source: its images, their layout, and its unused files."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class RealPaths:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a source holds. `str` of it is one line for the screen.
+    """Inventory of a source. Its `str` is one line for the screen.
 
     Args:
         argument: Name of the user's argument, e.g. `predict`.
         source: Its value, as `data.images.list_entries` takes it; None for the embedded photos.
         images: Number of images that are used; a pair counts once.
-        layout: How they lie there, e.g. `pairs in test_LR and test_HR`.
-        unused: Files that are there and not used, and hidden folders -> why.
+        layout: Their layout, e.g. `pairs in test_LR and test_HR`.
+        unused: Unused files and hidden folders -> reason.
         used: The files that are used.
     """
 
@@ -76,7 +76,7 @@ class Inventory:
         )
 
     def check_apart(self, output: Path, within: bool = False) -> None:
-        """Refuse an output folder from which the next run would read, or in which input files lie; links are resolved.
+        """Refuse an output folder that the next run would read, or that holds input files; links are resolved.
 
         Args:
             output: The folder, or the only file that is written.
@@ -114,16 +114,16 @@ class Inventory:
 def unused_files(
     source: Source, used: Iterable[Iterable[Path]], reasons: Mapping[Path, str], other: str
 ) -> dict[Path, str]:
-    """Find the files below the folders of a source that are not used.
+    """Find the unused files below the folders of a source.
 
     Args:
         source: One source or several, as `data.images.list_entries` takes them; lists and images have no such files.
         used: The files that are used, list by list.
-        reasons: Files that are known not to be used -> why.
-        other: Why an image is not used that `reasons` does not name.
+        reasons: Files that are known not to be used -> reason.
+        other: Reason for unused images that `reasons` does not name.
 
     Returns:
-        File, or hidden folder -> why it is not used; in a fixed order, those of `reasons` last.
+        File or hidden folder -> reason why it is not used; in a fixed order, those of `reasons` last.
     """
     real = RealPaths()
 
@@ -156,7 +156,7 @@ def write_unused(path: Path, inventories: Iterable[Inventory]) -> int:
 
     Args:
         path: The csv file to write. Without unused files nothing is written, unless an older table is there.
-        inventories: What the sources hold.
+        inventories: Inventories of the sources.
 
     Returns:
         Their number.

@@ -1,8 +1,8 @@
-"""Where the pairs of a folder lie: layouts that published sets have, and a refusal of what only looks like pairs.
+"""Layouts of pairs in a folder, as published sets have them; folders that only look like pairs are refused.
 
 A folder with an LQ and an HQ sub-folder (`test_LR` and `test_HR`, `lq` and `gt`, `LRbicx4` and `GTmod12`,
 `DIV2K_valid_LR_bicubic/X4` and `DIV2K_valid_HR`) or with both in one folder (`Canon_001_LR4.png`, `Canon_001_HR.png`)
-holds pairs. Names alone make a layout only where files match; a photo tree that has none of this is no layout.
+holds pairs. Names of folders make a layout only if their files match; any other tree of photos has no layout.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _LQ_STEM = re.compile(
 _HQ_STEM = re.compile(r"(?P<base>.+?)(?:[_-](?:HR|HQ|GT)|_?x1)$", re.I)
 _TURN = re.compile(r"(?P<base>.+)[_-](?P<turn>[A-Za-z]\w*|x?\d{1,2}x?)$")
 _SPLITS = {"train": ("train", "training"), "val": ("valid", "val", "validation"), "test": ("test", "testing")}
-_DIFFERENT = "?"  # said of LQ and HQ folders whose names differ in more than that
+_DIFFERENT = "?"  # rest of the name, for LQ and HQ folders whose names differ otherwise, too
 _FACTORS = (2, 3, 4, 6, 8, 16)
 _ALIKE = 0.9  # correlation of 16 x 16 thumbnails
 
 
 @dataclass(frozen=True)
 class PairFolders:
-    """Pairs by name of two folders, whatever their layout.
+    """Pairs by name of two folders, without a layout.
 
     Args:
         lq: Folder of the low-quality images.
@@ -56,14 +56,14 @@ class PairFolders:
 
     @property
     def place(self) -> Path:
-        """What the set is called after: the folder above both, or the LQ folder."""
+        """Folder that gives the set its name: the one above both, or the LQ folder."""
         lq, hq = Path(self.lq).expanduser().resolve(), Path(self.hq).expanduser().resolve()
         return lq.parent if lq.parent == hq.parent and lq != hq else lq
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The two folders of a folder's pairs (one folder twice where the names of files tell them apart)."""
+    """The two folders of a folder's pairs (one folder twice where names of files mark LQ and HQ)."""
 
     lq: Path
     hq: Path
@@ -90,19 +90,19 @@ def find_layout(folder: Path, scale: int, argument: str) -> Layout | None:
         The layout, or None for a folder of images without one.
 
     Raises:
-        ValueError: The folder holds no images, several sets of pairs, none of this scale, or looks paired and is not
-            understood.
+        ValueError: The folder holds no images, several sets of pairs, none of this scale, or looks paired but has an
+            unknown layout.
     """
     top = os.path.join(folder, "")
     files = Paths(Packed(path.removeprefix(top) for path in whole_entries(folder, argument).files.texts))
     found = _two_folders(folder, files, scale, argument) or _one_folder(folder, files, scale, argument)
-    if found is None and argument != "predict":  # a prediction of every image there is what it says
+    if found is None and argument != "predict":  # a prediction restores every image there
         _refuse_lookalikes(folder, files, argument)
     return found
 
 
 def explicit(lq: object, hq: object, argument: str) -> str:
-    """How a user of this argument names the two folders, for messages."""
+    """The two folders as values of this argument, for messages."""
     if argument in {"val", "test"}:
         return f"set data.init_args.{argument} to {{lq: {lq}, hq: {hq}}}"
     if argument == "pairs":
@@ -115,7 +115,7 @@ def _words(name: str) -> list[str]:
 
 
 def _role(name: str) -> tuple[str, str] | None:
-    """(`lq` or `hq`, what else its name says) of a folder's name that says either."""
+    """(`lq` or `hq`, rest of the name) of a folder's name that contains a word for either."""
     words = _words(name)
     roles = {role for role, word in (("lq", _LQ_WORD), ("hq", _HQ_WORD)) if any(map(word.fullmatch, words))}
     if words == ["sr", "bicubic"]:  # SeeSR's LQ images, at the size of HQ
@@ -165,7 +165,7 @@ def _two_folders(folder: Path, files: Sequence[Path], scale: int, argument: str)
 
 
 def _sites(files: Iterable[Path]) -> dict[tuple[Path, str], _Site]:
-    """Sets of pairs as names of folders tell: (folder above, what else the names say) -> LQ and HQ folders."""
+    """Sets of pairs by names of folders: (folder above, rest of the names) -> LQ and HQ folders."""
     found: dict[tuple[Path, str], _Site] = {}
     for directory in sorted({file.parent for file in files}):
         parts = directory.parts
@@ -192,7 +192,7 @@ def _sites(files: Iterable[Path]) -> dict[tuple[Path, str], _Site]:
 def _of_split_and_scale(
     sites: dict[tuple[Path, str], _Site], scale: int, argument: str
 ) -> dict[tuple[Path, str], _Site]:
-    """The sets whose names say the split and the factor, where names of some say so; else all."""
+    """The sets whose names contain the split and the factor if there are some; else all."""
     wanted = {*_SPLITS["test"], *_SPLITS["val"]} if argument in {"test", "pairs"} else {*_SPLITS.get(argument, ())}
     every = {word for words in _SPLITS.values() for word in words}
 
@@ -213,7 +213,7 @@ def _named(roots: Iterable[Path]) -> str:
 
 
 def _of_scale(roots: dict[Path, int | None], scale: int, folder: Path, argument: str) -> Path:
-    """The one LQ or HQ folder of this factor; one that says the factor goes before one that says none."""
+    """The one LQ or HQ folder of this factor; a folder with the factor in its name comes before one without."""
     exact = [root for root, factor in roots.items() if factor == scale]
     found = exact or [root for root, factor in roots.items() if factor is None and root.name != "sr_bicubic"]
     found = found or [root for root, factor in roots.items() if factor is None]
@@ -229,7 +229,7 @@ def _of_scale(roots: dict[Path, int | None], scale: int, folder: Path, argument:
 
 
 def _one_folder(folder: Path, files: Sequence[Path], scale: int, argument: str) -> Layout | None:
-    """Pairs of files that lie side by side, told apart by how their names end."""
+    """Pairs of files in one folder, by the ends of their names."""
     lqs: dict[Path, dict[int | None, Path]] = {}
     hqs: dict[Path, Path] = {}
     for file in files:
@@ -259,7 +259,7 @@ def _refuse_splits(folder: Path, files: Iterable[Path], argument: str, root: Pat
     """Refuse pairs of several splits, such as Canon/Train/4 and Canon/Test/4.
 
     Raises:
-        ValueError: Folders below the root of the HQ images, or those above all files, are called after several splits.
+        ValueError: Folders below the root of the HQ images, or those above all files, have names of several splits.
     """
     found: dict[str, Path] = {}
     for directory in sorted({file.parent for file in files if file.is_relative_to(root)}):
@@ -273,7 +273,7 @@ def _refuse_splits(folder: Path, files: Iterable[Path], argument: str, root: Pat
 
 
 def _ratio(lq: Path, hq: Path) -> int | None:
-    """How many times larger one is than the other, if that is a usual factor."""
+    """Ratio of the two sizes, if it is a usual factor."""
     try:
         return _ratio_of(image_size(lq), image_size(hq))
     except ImageError:
@@ -322,7 +322,7 @@ def _refuse_lookalikes(folder: Path, files: Sequence[Path], argument: str) -> No
 
 
 def _versions(files: Iterable[Path]) -> Iterator[tuple[Names, Names, str, Path]]:
-    """(place, image there, what this version of it is called, file): for each way in which names may tell versions."""
+    """(place, image there, name of this version, file) for each way in which names may mark versions."""
     roles = {file.parts[:i] for file in files for i, part in enumerate(file.parts[:-1]) if _role(part)}
     for file in files:
         parts, stem = file.parent.parts, file.stem
@@ -356,7 +356,7 @@ def _same_at_a_factor(folder: Path, group: dict[str, Path]) -> set[tuple[str, st
 
 
 def _thumbnail(path: Path) -> NDArray[np.float64]:
-    """16 x 16 grey pixels of mean 0 and variance 1; zeros of an image that is flat or cannot be read."""
+    """16 x 16 grey pixels of mean 0 and variance 1; zeros for an image that is flat or cannot be read."""
     try:
         grey = Image.fromarray(read_image(path)).convert("L")
     except ImageError:
@@ -380,7 +380,7 @@ def _hq_base(stem: str) -> str | None:
 
 def _in_one_folder(files: Sequence[Path], scale: int) -> tuple[list[Path], list[Path]]:
     """LQ files of this factor and HQ files of a folder that holds both; those of other factors are left out."""
-    wanted: dict[Path, set[bool]] = {}  # stem without suffix -> whether its LQ files are of this factor
+    wanted: dict[Path, set[bool]] = {}  # stem without suffix -> True if its LQ files are of this factor
     lqs, hqs = [], []
     for file in files:
         if found := _LQ_STEM.match(file.stem):
@@ -404,7 +404,7 @@ def _by_stem(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 def match_pairs(lq_dir: Path, hq_dir: Path, scale: int) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Pair the files of two folders by name: equal stems first, then stems without the usual suffixes, in any case.
 
-    Both may be one folder (RealSR's own layout); then suffixes alone tell LQ from HQ.
+    Both may be one folder (RealSR's own layout); then suffixes alone mark LQ and HQ.
 
     Args:
         lq_dir: Folder of LQ images.

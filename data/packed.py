@@ -21,7 +21,7 @@ _DIGEST = 16  # bytes; two of a million texts share one with a chance of 1e-27
 
 
 class Lazy(Sequence[T]):
-    """A sequence that makes an item when it is asked for; equal to any sequence of equal items."""
+    """A sequence that makes an item when it is read; equal to any sequence of equal items."""
 
     @abstractmethod
     def item(self, place: int) -> T:
@@ -48,10 +48,10 @@ class Lazy(Sequence[T]):
 
 
 class Packed(Lazy[str]):
-    """Texts in one buffer of UTF-8: their bytes and 8 more each.
+    """Texts in one buffer of UTF-8; each takes its bytes and 8 more.
 
     Args:
-        texts: Any texts, also names with bytes that are no UTF-8, as Python stands in for them.
+        texts: Any texts, also names with bytes that are not UTF-8, as surrogates.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:

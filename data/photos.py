@@ -1,6 +1,6 @@
 """Real photos that ship inside the scikit-image and matplotlib wheels: no download, fixed roles.
 
-Nothing trained here ever sees the validation or test photos. Every choice (learning rates, timesteps, step counts) is
+No training here uses the validation or test photos. Every choice (learning rates, timesteps, step counts) is
 made on the validation photos; the test photos are scored once, in the report.
 """
 
@@ -21,9 +21,9 @@ class Photo:
     Args:
         package: The wheel that carries it.
         file: Its path inside that package.
-        caption: What it shows, used as prompt by the tiny foundation.
-        rescales: Sizes it is trained at, as factors of its own side; several make few photos go further.
-        weight: How often it is drawn in training, relative to the others.
+        caption: Description, used as prompt by the tiny foundation.
+        rescales: Training sizes, as factors of its own side; several sizes give more crops.
+        weight: Frequency in training, relative to the others.
     """
 
     package: str
@@ -39,7 +39,7 @@ class Photo:
 
     @property
     def path(self) -> Path:
-        """Where the installed wheel keeps it.
+        """Path of the file in the installed wheel.
 
         Raises:
             FileNotFoundError: The wheel is missing or no longer carries the file.

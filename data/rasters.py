@@ -1,7 +1,7 @@
-"""Decoding of image files: arrays as they are stored, upright, with what turns them into sRGB.
+"""Decoding of image files: upright arrays as they are stored, with the profile for sRGB.
 
 TIFFs of 8 and 16 bits are decoded by tifffile, 16-bit PNGs by OpenCV, and everything else by PIL: PIL cuts 16-bit
-colours off to their high bytes. What a header says and these do not read right is refused by name.
+colours off to their high bytes. Variants that these libraries decode wrongly are refused, and named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT
 
 ORIENTATION = 0x0112  # EXIF and TIFF tag
 _BYTES_PER_PIXEL = 12  # at the peak of decoding: PIL's 4, and two arrays of up to 4
-_SMALL = 2**26  # px that are read without asking for the memory there is
+_SMALL = 2**26  # px that are read without a check of the free memory
 _COMPRESSIONS = {1, 5, 8, 32946, 32773}  # none, LZW, deflate by two numbers, PackBits
 _PREDICTED = {5, 8, 32946}  # with others, decoders disagree about a predictor
 _CHANNELS = {0: 1, 1: 1, 2: 3, 5: 4}  # of TIFF's WhiteIsZero, BlackIsZero, RGB and CMYK
@@ -84,7 +84,7 @@ def _on_white(rgb: Pixels, alpha: NDArray) -> Pixels:
 
 
 def check_memory(height: int, width: int) -> None:
-    """Refuse an image that does not fit into memory, in the place of PIL's fixed limit on pixels.
+    """Refuse an image that does not fit into memory; this replaces PIL's fixed limit on pixels.
 
     The environment's ISR_MAX_PIXELS, a number, is the limit where it is set.
 
@@ -105,7 +105,7 @@ def check_memory(height: int, width: int) -> None:
 
 
 def _free_memory() -> int:
-    """Bytes that the system can give; within a container at most the container's."""
+    """Bytes of free memory; within a container at most the container's."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
@@ -121,7 +121,7 @@ def decode(data: bytes, path: object) -> Raster:
     """Decode a file's bytes.
 
     Raises:
-        Exception: Whatever the decoder of a damaged file raises; a ValueError says what is not supported.
+        Exception: The decoder's error for a damaged file; a ValueError names an unsupported variant.
     """
     if _is_tiff(data):
         return _tiff(data, path)
@@ -169,7 +169,7 @@ def _profile(image: Image.Image) -> bytes | None:
 
 
 def _by_pil(image: Image.Image, path: object) -> Raster:
-    """Decode what PIL reads right."""
+    """Decode files that PIL reads correctly."""
     image.load()  # the whole file is read here, so a truncated one fails
     ImageOps.exif_transpose(image, in_place=True)
     profile = None if image.mode == "LAB" else _profile(image)  # Lab needs none
@@ -225,10 +225,10 @@ def _upright(raster: Raster, orientation: int) -> Raster:
 
 
 def _check_tiff(page: Any) -> None:
-    """Refuse what neither way of `_tiff` reads right.
+    """Refuse TIFFs that neither decoder of `_tiff` reads correctly.
 
     Raises:
-        ValueError: The message says what is not supported.
+        ValueError: The message names the unsupported variant.
     """
     bits, kind = _every(page, 258, 1), _every(page, 339, 1)[0]  # BitsPerSample, SampleFormat
     if kind != 1:
@@ -249,7 +249,7 @@ def _every(page: Any, tag: int, default: int) -> tuple[int, ...]:
 
 
 def _by_arrays(page: Any) -> bool:
-    """Whether the samples are bytes or 16-bit words under a lossless compression, which `_samples` arranges."""
+    """True if the samples are bytes or 16-bit words under a lossless compression, which `_samples` decodes."""
     return (
         _every(page, 258, 1)[0] in {8, 16}
         and page.compression in _COMPRESSIONS
@@ -262,7 +262,7 @@ def _by_arrays(page: Any) -> bool:
 
 
 def _right_in_pil(page: Any, bits: int) -> bool:
-    """Whether these are few bits, a palette, Lab, or an image compression, without what PIL gets wrong."""
+    """True for few bits, a palette, Lab, or an image compression, except variants that PIL decodes wrongly."""
     lossless = page.compression in _COMPRESSIONS
     arrays = lossless and bits == 8 and page.photometric in _CHANNELS
     return (
@@ -272,7 +272,7 @@ def _right_in_pil(page: Any, bits: int) -> bool:
         and page.predictor == 1
         and (page.fillorder == 1 or bits == 1)
         and page.photometric in {0, 1, 2, 3, 5, 6, 8}
-        and not (lossless and page.photometric == 6)  # YCbCr that is no JPEG
+        and not (lossless and page.photometric == 6)  # YCbCr without JPEG
     )
 
 

@@ -1,6 +1,6 @@
-"""In which order samples come: a stream without end for training, equal shares for evaluation.
+"""Order of samples: an endless stream for training, equal shares for evaluation.
 
-Both know nothing but numbers, so the order of a run is a function of (seed, position) and can be continued anywhere.
+The order of a run is a function of (seed, position) and can be continued anywhere.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class StreamSampler(Sampler[list[SampleKey]]):
         seed: Seed of the permutations.
         world_size: Number of ranks.
         rank: This rank, from 0.
-        batches_per_epoch: What `len()` says and where an iteration ends: at the next multiple of it.
-        start_batch: Batches already taken in the run, or a function that says so; asked whenever an iteration starts.
-            After a resume in mid-epoch only the rest of that epoch is yielded.
+        batches_per_epoch: Value of `len()`; an iteration ends at the next multiple of it.
+        start_batch: Batches already taken in the run, or a function for them that is called at the start of each
+            iteration. After a resume in mid-epoch only the rest of that epoch is yielded.
 
     Raises:
         ValueError: A number is out of range.
@@ -70,7 +70,7 @@ class StreamSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         start = self.start_batch() if callable(self.start_batch) else self.start_batch
         end = (start // self.batches_per_epoch + 1) * self.batches_per_epoch
-        return (self.batch(k) for k in range(start, end))  # start is asked now, not at the first batch
+        return (self.batch(k) for k in range(start, end))  # start is read now, not at the first batch
 
     def batch(self, k: int) -> list[SampleKey]:
         """This rank's part of global batch k."""

@@ -1,4 +1,4 @@
-"""Text files of users: lists, tables, captions and prompts, in any encoding that says what it is."""
+"""Text files of users: lists, tables, captions and prompts, in any encoding that can be recognised."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def read_text(path: Path, argument: str) -> str:
         argument: The user's argument it came from, for messages.
 
     Returns:
-        The text, its line ends as they are.
+        The text with its original line ends.
 
     Raises:
         ValueError: The file has bytes that its encoding does not have; the message names the line. Other encodings
-            cannot be told apart, and a wrong guess gives other words.
+            cannot be recognised, and a wrong guess gives other words.
     """
     data = path.read_bytes()
     encoding = _encoding(io.BytesIO(data))
@@ -89,7 +89,7 @@ def read_csv(path: Path, argument: str) -> Iterator[dict[str, str]]:
     """The rows of a csv file with a header, read one by one; arguments and errors as of `read_text`.
 
     Raises:
-        ValueError: A line is no csv.
+        ValueError: A line is not valid csv.
     """
     reader = csv.DictReader(_stream(path, argument, ""))
     try:

@@ -1,1 +1,1 @@
-"""What a denoiser is told besides the image: text, learned embeddings."""
+"""Conditions of a denoiser: text and learned embeddings."""

@@ -1,4 +1,4 @@
-"""Captions: an image-to-text model of transformers says what an image shows, for methods that train on captions."""
+"""Captions of images by an image-to-text model of transformers, for methods that train on captions."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Captioner:
             knows as image-text-to-text: LLaVA-OneVision, BLIP, Florence-2 and others.
         instruction: Question for a chat model, or one of Florence-2's tasks, such as `<CAPTION>`. null takes
             `FLORENCE_TASK` for Florence-2, as captions for training do, and `INSTRUCTION` for chat models. A model with
-            neither chat template nor tasks, such as BLIP, sees the image alone.
-        max_new_tokens: A caption is cut after so many tokens; null takes `FLORENCE_TOKENS` for Florence-2, else
+            neither chat template nor tasks, such as BLIP, gets the image alone.
+        max_new_tokens: Largest number of tokens in a caption; null takes `FLORENCE_TOKENS` for Florence-2, else
             `TOKENS`.
-        dtype: Of the weights, whatever the file holds: `float32`, `bfloat16`, or `auto` for bfloat16 on an accelerator,
-            where 8 billion parameters then take 16 GB, and float32 on a CPU.
+        dtype: Dtype of the weights: `float32`, `bfloat16`, or `auto` for bfloat16 on an accelerator, where 8 billion
+            parameters then take 16 GB, and float32 on a CPU.
 
     Raises:
         ValueError: `max_new_tokens` is below 1, or `dtype` is unknown.
@@ -63,7 +63,7 @@ class Captioner:
         self._loaded: tuple[Any, Any] | None = None
 
     def to(self, device: torch.device | str) -> Captioner:
-        """Caption on this device from now on; loads nothing."""
+        """Set the device of the model; loads nothing."""
         self._device = torch.device(device)
         if self._loaded is not None:
             self._loaded[1].to(self._device, self._torch_dtype())
@@ -86,7 +86,7 @@ class Captioner:
             B captions, without the instruction, special tokens and surrounding blanks.
 
         Raises:
-            ValueError: `x_01` is no batch of images, `model` is none that can caption, or `instruction` is none for it.
+            ValueError: `x_01` is not a batch of images, `model` cannot caption, or `instruction` does not fit it.
             WeightsNotFoundError: The model is not there and cannot be fetched.
         """
         if x_01.ndim != 4:
@@ -104,11 +104,11 @@ class Captioner:
         with no_autocast(self._device):
             tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         if "input_ids" in inputs and not model.config.is_encoder_decoder:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # a decoder alone repeats what it was given
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # a decoder-only model repeats its prompt
         return [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def _inputs(self, processor: Any, images: list[Any]) -> Any:
-        """What the model takes; images of one size give prompts of one length, so nothing is padded."""
+        """Inputs of the model; images of one size give prompts of one length, so nothing is padded."""
         tasks = _tasks(processor)
         if getattr(processor, "chat_template", None):
             if self.instruction is not None and _TASK.fullmatch(self.instruction):

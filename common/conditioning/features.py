@@ -20,9 +20,9 @@ class DinoFeatures(nn.Module):
     """Last hidden state of a frozen DINOv2, after its final LayerNorm; F2IDiff's condition (arXiv:2512.24473).
 
     The image is resized bicubically with antialiasing, without a clamp of the overshoot, to whole patches, and
-    ImageNet's mean and standard deviation are taken out. DINOv2 itself interpolates its position embeddings. Always in
-    eval mode and without a graph. Weights held in float32 compute in float32, also under autocast. Weights held
-    in bfloat16 compute in the dtype of autocast, and in float32 without it.
+    normalised by ImageNet's mean and standard deviation. DINOv2 itself interpolates its position embeddings. The module
+    is always in eval mode and without a graph. Weights held in float32 compute in float32, also under autocast.
+    Weights held in bfloat16 compute in the dtype of autocast, and in float32 without it.
 
     Args:
         pretrained: Hub id such as `facebook/dinov2-large`, folder as transformers saves it, `random:dinov2_large`, or
@@ -30,11 +30,11 @@ class DinoFeatures(nn.Module):
         tokens: `all` for CLS and patches, `patch` or `cls` for these alone.
         size: Pixels of the shorter side at DINOv2's input, a multiple of its patch size (14), the other side in
             proportion; None for the image's own size. Either way a side becomes 14 * round(side / 14).
-        seed: Of random weights; the global random state is neither read nor moved.
+        seed: Random seed of random weights; the global random state is neither read nor changed.
         frozen_dtype: Dtype of the blocks' weights.
 
     Raises:
-        ValueError: An argument is unknown or does not fit, or the model is no DINOv2.
+        ValueError: An argument is unknown or does not fit, or the model is not a DINOv2.
         WeightsNotFoundError: The weights are not there and cannot be fetched.
     """
 
@@ -64,7 +64,7 @@ class DinoFeatures(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the module around it does."""
+        """Stay in eval mode, also when the parent module enters train mode."""
         return super().train(False)
 
     def num_tokens(self, height: int, width: int) -> int:
@@ -80,7 +80,7 @@ class DinoFeatures(nn.Module):
             x_01: Images, (B, 3, H, W), RGB in [0, 1]; values outside are taken as they are.
 
         Returns:
-            Features, (B, N, D), float32, without a graph; N as `num_tokens` says, CLS first.
+            Features, (B, N, D), float32, without a graph; N is that of `num_tokens`, CLS first.
 
         Raises:
             ValueError: `x_01` has another shape.

@@ -20,7 +20,7 @@ T5 = ("text_encoder_2", "tokenizer_2")
 
 _BATCH = 16  # prompts that are encoded at once where there are many
 _CACHE_SIZE = 2048  # prompts; 512 x 4096 numbers of bfloat16 take 4.2 MB each
-_SMALL_CACHE_SIZE = 32  # where a forgotten one is soon had again: from kept encoders, or from a file
+_SMALL_CACHE_SIZE = 32  # with `keep` or `folder`, where a prompt is soon encoded or read again
 _cache: OrderedDict[tuple[str, int, str], FluxText] = OrderedDict()
 _kept: dict[tuple[str, str], tuple[Any, Any]] = {}
 
@@ -38,8 +38,8 @@ def encode_flux_prompts(
 
     Each prompt is encoded once and remembered on the CPU, the last 2,048 of them (8.6 GB of FLUX.1 [dev]), or the last
     32 with `keep` or `folder`; the encoders are loaded only for new ones, one after the other, and freed afterwards.
-    They work in the dtype of their weights whatever autocast says outside: T5-XXL in bfloat16, as it was published
-    (9.5 GB), CLIP in float32.
+    They compute in the dtype of their weights, also under autocast: T5-XXL in bfloat16, as it was published (9.5 GB),
+    CLIP in float32.
 
     Args:
         pretrained: Folder or hub id in FLUX's layout, `tiny` or `random:<architecture>`, see `common.pretrained`.
@@ -94,13 +94,13 @@ def cache_flux_prompts(
 
     Args:
         pretrained: As for `encode_flux_prompts`.
-        prompts: Prompts; one that comes twice is one.
+        prompts: Prompts; duplicates count once.
         folder: Where their embeddings are kept.
         device: Where to encode.
         max_tokens: As for `encode_flux_prompts`.
 
     Returns:
-        How many were lacking.
+        Number of prompts that were missing.
     """
     fresh = lacking_flux_prompts(pretrained, prompts, folder, max_tokens)
     try:
@@ -121,7 +121,7 @@ def lacking_flux_prompts(
 
 
 def flux_text_encoders(pretrained: str) -> dict[str, Any]:
-    """CLIP and T5 in the types in which they are loaded, on the meta device: to count them without their weights."""
+    """CLIP and T5 in the dtypes in which they are loaded, on the meta device: to count them without their weights."""
     with architecture_only():
         return {name: _encoder(pretrained, parts, "meta", False)[1] for name, parts in (("CLIP", CLIP), ("T5", T5))}
 

@@ -23,8 +23,8 @@ def encode_prompts(
 ) -> Tensor:
     """Embed prompts as Stable Diffusion does: padded to full length, last hidden state, no attention mask.
 
-    Each prompt is encoded once and remembered; the encoder is loaded only for new ones and freed afterwards. It works
-    in the dtype of its weights whatever autocast says outside: a text is the same before a fit and within its steps.
+    Each prompt is encoded once and remembered; the encoder is loaded only for new ones and freed afterwards. It
+    computes in the dtype of its weights, also under autocast, so an embedding is the same before and within a fit.
 
     Args:
         pretrained: Where the tokenizer and the text encoder come from, see `common.pretrained`.
@@ -63,7 +63,7 @@ def text_fingerprint(pretrained: str) -> str:
 
 
 def text_encoder_row(pretrained: str) -> Row:
-    """What `isr parameters` prints of a text encoder, which only makes a condition; counted without its weights."""
+    """The row of a text encoder in `isr parameters`; counted without its weights."""
     with architecture_only():
         total = count(load_text_encoder(pretrained)[1]).total
     return Row(f"text encoder of {pretrained}", "text", total, 0)

@@ -1,8 +1,8 @@
 """FLUX's transformer (also FLUX.1 Kontext's, arXiv:2506.15742) as a velocity field over latents.
 
-An image enters as tokens of 2x2 latent pixels, and where a token lies is told by three numbers, (image, row, column),
-which turn queries and keys (RoPE). Kontext edits a reference: its tokens follow those of the image to make, as
-image 1 instead of 0 at the same rows and columns, and take no part in the output.
+An image enters as tokens of 2x2 latent pixels. A token's position is three numbers, (image, row, column), which rotate
+queries and keys (RoPE). Kontext edits a reference: its tokens follow those of the image to make, as image 1 instead
+of 0 at the same rows and columns. They are no part of the output.
 
 B batch, C latent channels, h w latent sides, N text tokens of width D, P width of the pooled text.
 """
@@ -23,19 +23,19 @@ FLUX_TARGETS: tuple[str, ...] = (
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
 )  # fmt: skip
-"""What OMGSR (arXiv:2508.08227) adapts in FLUX: the entry of the image, all attention, the double blocks' MLPs.
+"""Layers that OMGSR (arXiv:2508.08227) adapts in FLUX: the image's input layer, all attention, the double blocks' MLPs.
 
-Of a single block that is q, k and v: its `proj_mlp` and `proj_out` stay as they are.
+In a single block these are q, k and v; `proj_mlp` and `proj_out` are not adapted.
 """
 
 
 class FluxText(NamedTuple):
-    """What FLUX is told of a prompt; the batch of either may be 1 for all samples."""
+    """FLUX's condition from a prompt; the batch of either tensor may be 1 for all samples."""
 
     tokens: Tensor
-    """(B, N, D), of T5."""
+    """(B, N, D), by T5."""
     pooled: Tensor
-    """(B, P), of CLIP."""
+    """(B, P), by CLIP."""
 
 
 class FluxDenoiser(nn.Module):
@@ -59,11 +59,11 @@ class FluxDenoiser(nn.Module):
         """Run the transformer once.
 
         Args:
-            z_slot: What stands in the place of the image to make, (B, C, h, w), scaled latents, h and w even.
+            z_slot: Input in the place of the image to make, (B, C, h, w), scaled latents, h and w even.
             t: Time in [0, 1], 1 for noise; one number or (B,).
             text: Condition.
             z_ref: Reference to edit, like z_slot.
-            guidance: What a guidance-distilled network is told; others are not told it.
+            guidance: Guidance scale of a guidance-distilled network; other networks ignore it.
 
         Returns:
             v, (B, C, h, w), in float32 at least.

@@ -2,8 +2,8 @@
 
 After each text transformer (`attentions`) stands a second one of the same shape (`image_attentions`), which reads
 DAPE's tokens of the low-quality image: ResNet -> text -> image -> skip connection. It is a whole transformer with its
-own self-attention, feed-forward layer and residual connection; nothing gates it and, in SeeSR, nothing of it is zero at
-the start. So the authors' code has it (cswry/SeeSR, `models/`), and names and shapes are those of their checkpoint.
+own self-attention, feed-forward layer and residual connection. It has no gate and, in SeeSR, no zero initialisation.
+This follows the authors' code (cswry/SeeSR, `models/`); names and shapes are those of their checkpoint.
 
 B batch, N text tokens of width D, M image tokens of width E, C latent channels, h w latent sides.
 """
@@ -25,32 +25,32 @@ from common.precision import input_dtype
 from common.pretrained import drawing_weights
 
 IMAGE_ATTENTIONS = "*.image_attentions.*"
-"""Fits the names of what SeeSR adds to the U-Net, and trains in it."""
+"""Pattern of the names of the layers that SeeSR adds to the U-Net and trains."""
 
 SEESR_TRAINED = ("controlnet.*", f"unet.{IMAGE_ATTENTIONS}")
-"""What SeeSR trains, in a module that holds the two networks as `controlnet` and `unet`: 749,881,040 parameters."""
+"""Parameters that SeeSR trains, in a module with the two networks as `controlnet` and `unet`: 749,881,040 values."""
 
 _TOKENS = "image_tokens"  # under this name the tokens travel through diffusers' forward to the blocks
 
 
 class Residuals(NamedTuple):
-    """What a ControlNet adds to its U-Net: one map a skip connection (SD: 12), shallow first, and the mid block's."""
+    """A ControlNet's residuals for its U-Net: one per skip connection (SD: 12), shallow first, and the mid block's."""
 
     down: tuple[Tensor, ...]
     mid: Tensor
 
 
 def _arguments(model: ModelMixin, kind: type) -> dict[str, Any]:
-    """What a model's config says of another kind's arguments.
+    """The values in a model's config for another class's arguments.
 
-    Not `from_config`: diffusers takes what was given by position for a default, and forgets it.
+    `from_config` is not used, as diffusers takes arguments given by position for defaults and drops them.
     """
     names = inspect.signature(kind.__init__).parameters  # type: ignore[misc]  # it is diffusers' alone
     return {name: value for name, value in model.config.items() if name in names}
 
 
 class _ImageAttentionBlock(nn.Module):
-    """A cross-attention block of diffusers, taken over with its layers and given an image transformer a text one.
+    """A cross-attention block of diffusers with its layers, and one image transformer for each text transformer.
 
     Args:
         block: The block.
@@ -70,7 +70,7 @@ class _ImageAttentionBlock(nn.Module):
         self.gradient_checkpointing = False  # set by diffusers, which also puts _gradient_checkpointing_func here
 
     def _convolve(self, i: int, x: Tensor, temb: Tensor) -> Tensor:
-        """ResNet i; the transformers see to their checkpointing themselves."""
+        """ResNet i; the transformers handle their own checkpointing."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(self.resnets[i], x, temb)  # type: ignore[operator]  # a function
         return self.resnets[i](x, temb)
@@ -94,7 +94,7 @@ class _DownBlock(_ImageAttentionBlock):
         cross_attention_kwargs: Mapping[str, Tensor],
         **masks: None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As diffusers calls it, without masks: the output, and what goes to the skip connections."""
+        """The block with diffusers' signature, without masks: the output, and the inputs of the skip connections."""
         x, skips = hidden_states, []
         for i in range(len(self.resnets)):
             x = self._convolve(i, x, temb)
@@ -115,7 +115,7 @@ class _MidBlock(_ImageAttentionBlock):
         cross_attention_kwargs: Mapping[str, Tensor],
         **masks: None,
     ) -> Tensor:
-        """As diffusers calls it, without masks."""
+        """The block with diffusers' signature, without masks."""
         x = self._convolve(0, hidden_states, temb)
         for i in range(len(self.attentions)):
             x = self._attend(i, x, encoder_hidden_states, cross_attention_kwargs[_TOKENS])
@@ -138,7 +138,7 @@ class _UpBlock(_ImageAttentionBlock):
         upsample_size: tuple[int, int] | None = None,
         **masks: None,
     ) -> Tensor:
-        """As diffusers calls it, without masks; the skip connections are used last first."""
+        """The block with diffusers' signature, without masks; the skip connections are used last first."""
         x = hidden_states
         for i, skip in enumerate(reversed(res_hidden_states_tuple)):
             x = self._convolve(i, torch.cat([x, skip], 1), temb)
@@ -158,7 +158,7 @@ _TAKEN_OVER_BY = {
 def _with_arguments_of(parent: type) -> Callable[[Any], Any]:
     """Let diffusers register and read a config with all the parent's arguments beside the ones of an `__init__`.
 
-    It goes by the signature, where `**config` would say nothing.
+    diffusers reads the signature, in which `**config` would hide the arguments.
     """
 
     def decorate(init: Any) -> Any:
@@ -171,7 +171,7 @@ def _with_arguments_of(parent: type) -> Callable[[Any], Any]:
 
 
 class _SeeSRNetwork(ModelMixin):
-    """What the U-Net and the ControlNet have in common."""
+    """Base of SeeSR's U-Net and ControlNet."""
 
     def _add_image_attentions(self: Any, image_dim: int, wanted: bool) -> None:
         """Exchange the cross-attention blocks for ours."""
@@ -198,7 +198,7 @@ class _SeeSRNetwork(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """Load as diffusers does, from `.safetensors` or `.bin`, but nothing may be missing or left over.
+        """Load as diffusers does, from `.safetensors` or `.bin`, but refuse missing and unknown keys.
 
         Raises:
             ValueError: The weights are not those of this network, such as Stable Diffusion's own.
@@ -215,7 +215,7 @@ class _SeeSRNetwork(ModelMixin):
 
     @classmethod
     def _grow(cls, base: UNet2DConditionModel, new: Sequence[str], seed: int, **config: Any) -> Self:
-        """Build after another network's config and with its weights; what fits `new` is random."""
+        """Build a network from another one's config and weights; parameters that match `new` are random."""
         with drawing_weights(seed), torch.device("meta" if base.device.type == "meta" else "cpu"):
             net = cls(**_arguments(base, cls) | config)
         weights = base.state_dict()
@@ -241,8 +241,8 @@ class SeeSRUNet(_SeeSRNetwork, UNet2DConditionModel):
 
     Args:
         image_cross_attention_dim: E.
-        use_image_cross_attention: What the authors' config says; always true.
-        **config: Of diffusers' `UNet2DConditionModel`.
+        use_image_cross_attention: Switch in the authors' config; always true.
+        **config: Arguments of diffusers' `UNet2DConditionModel`.
 
     Raises:
         ValueError: A block is of a kind that has no image attentions in SeeSR.
@@ -264,9 +264,9 @@ class SeeSRUNet(_SeeSRNetwork, UNet2DConditionModel):
         Args:
             unet: Stable Diffusion's U-Net, without adapters.
             image_cross_attention_dim: E.
-            zero: Let the image attentions change nothing at first (zeros in their `proj_out`). In SeeSR's own training
-                they start at random.
-            seed: Of the image attentions; the global generator is not used.
+            zero: Start with zeros in the `proj_out` of the image attentions, so that they change nothing at first. In
+                SeeSR's own training they start at random.
+            seed: Random seed of the image attentions; the global generator is not used.
 
         Raises:
             ValueError: The U-Net has adapters, or blocks of another kind.
@@ -309,9 +309,9 @@ class SeeSRControlNet(_SeeSRNetwork, ControlNetModel):
 
     Args:
         image_cross_attention_dim: E.
-        use_image_cross_attention: What the authors' config says; always true.
-        **config: Of diffusers' `ControlNetModel`. Each of `conditioning_embedding_out_channels` but the first halves
-            the image's sides: there must be as many as the VAE has levels.
+        use_image_cross_attention: Switch in the authors' config; always true.
+        **config: Arguments of diffusers' `ControlNetModel`. Each of `conditioning_embedding_out_channels` but the first
+            halves the image's sides: there must be as many as the VAE has levels.
 
     Raises:
         ValueError: A block is of a kind that has no image attentions in SeeSR.
@@ -336,7 +336,7 @@ class SeeSRControlNet(_SeeSRNetwork, ControlNetModel):
         Args:
             unet: The U-Net it is for, without adapters.
             conditioning_embedding_out_channels: See the class.
-            seed: Of the image's embedding; the global generator is not used.
+            seed: Random seed of the image's embedding; the global generator is not used.
 
         Raises:
             ValueError: The U-Net has adapters.

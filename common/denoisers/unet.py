@@ -11,14 +11,14 @@ from common.precision import input_dtype
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says about z_t, in both forms; each is (B, C, h, w) in float32 at least."""
+    """A denoiser's prediction for z_t, in both forms; each is (B, C, h, w) in float32 at least."""
 
     eps: Tensor
     x0: Tensor
 
 
 class UNetDenoiser(nn.Module):
-    """Predict noise and clean latent with a `UNet2DConditionModel`, whatever of the two it was trained for.
+    """Predict noise and clean latent with a `UNet2DConditionModel` of either prediction type.
 
     Args:
         unet: The network.
@@ -26,7 +26,7 @@ class UNetDenoiser(nn.Module):
         gradient_checkpointing: Recompute the activations in the backward pass: less memory, more time.
 
     Raises:
-        ValueError: The prediction type is another.
+        ValueError: The prediction type is unknown.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class UNetDenoiser(nn.Module):
             The prediction as eps and as x0, consistent with z_t: z_t = sqrt(abar) x0 + sqrt(1 - abar) eps.
 
         Raises:
-            ValueError: The U-Net wants further conditions and `added` is None.
+            ValueError: The U-Net needs further conditions and `added` is None.
         """
         if self.unet.config.addition_embed_type == "text_time" and added is None:
             raise ValueError("this U-Net is SDXL's and needs `added`; make it with sdxl_conditions(batch_size, ...).")

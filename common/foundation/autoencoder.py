@@ -51,7 +51,7 @@ class TinyAutoencoder(GuardedModule):
         clip: Gradient norm limit.
         tail: Share of the steps, the last ones, over which the learning rate is annealed.
         optimizer: `muon` learns in a third of `adamw`'s steps, see README.
-        start: Diffusers folder whose `vae` subfolder to start from; its architecture then counts.
+        start: Diffusers folder whose `vae` subfolder to start from; its architecture replaces `channels`.
         decoder_only: Freeze the encoder, so that what was trained in its latent space stays valid.
         latent_noise: Up to how much Gaussian noise each sample's latent gets in training, in standard deviations of its
             channels (uniform from 0). It teaches encoder and decoder a code in which a denoiser's errors stay small.
@@ -139,7 +139,7 @@ class TinyAutoencoder(GuardedModule):
         """Write the averaged VAE with the latent statistics of some training batches, in fp16.
 
         Args:
-            folder: Where to; gets config.json and diffusion_pytorch_model.safetensors.
+            folder: Folder to write into; gets config.json and diffusion_pytorch_model.safetensors.
             batches: Batches with `hq`, whose latents give `latents_mean` and `latents_std`.
         """
         vae = self.ema.module.eval()

@@ -1,7 +1,7 @@
 """The tiny foundation's text-conditioned U-Net (eps prediction), trained on the embedded training photos only.
 
-Its text encoder is a two-layer CLIP text model on bytes: a toy, as the report says, but one that loads and runs exactly
-as Stable Diffusion's does. Recipe: README.md beside this file. Reached by `make foundation`.
+Its text encoder is a two-layer CLIP text model on bytes. It is a toy, but it loads and runs exactly as Stable
+Diffusion's does. Recipe: README.md beside this file. Reached by `make foundation`.
 """
 
 from __future__ import annotations

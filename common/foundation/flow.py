@@ -175,13 +175,13 @@ class TinyFlow(GuardedModule):
 
 
 def mild_edit(x_01: Tensor, draws: Draws) -> Tensor:
-    """What the reference shows of a photo: itself, a little blur, or other brightness and colours; each sample its own.
+    """Make references of photos: each sample is left as it is, slightly blurred, or changed in brightness and colours.
 
-    Nothing of super-resolution's degradations is in it: no resizing, no noise, no JPEG.
+    The edits contain no degradations of super-resolution: no resizing, no noise, no JPEG.
 
     Args:
         x_01: Photos, (B, 3, H, W), in [0, 1].
-        draws: Of the batch.
+        draws: Random draws of the batch.
 
     Returns:
         References, like x_01.

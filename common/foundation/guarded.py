@@ -23,7 +23,7 @@ class GuardedModule(LightningModule):
     """Gradient norm limit; set by the trainer."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, to save it if need be."""
+        """Keep the batch, to save it if its loss is not finite."""
         self._batch = batch
 
     def on_before_backward(self, loss: Tensor) -> None:

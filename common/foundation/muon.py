@@ -1,4 +1,4 @@
-"""Muon with Adam for what is no matrix: with it the tiny VAE learns in a third of the steps."""
+"""Muon, with Adam for parameters that are not matrices; the tiny VAE learns with it in a third of the steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Muon(torch.optim.Optimizer):
     the two agree (`adjust_lr_fn="match_rms_adamw"`), but for bfloat16, which this one does not use.
 
     Args:
-        parameters: What to train.
+        parameters: Parameters to train.
         lr: Learning rate of both.
-        momentum: Of the matrices' gradients, Nesterov's form.
-        betas: Adam's.
-        eps: Adam's.
+        momentum: Momentum of the matrices' gradients, in Nesterov's form.
+        betas: Betas of Adam.
+        eps: Epsilon of Adam.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
     Args:
         matrix: (m, n).
-        steps: How many.
+        steps: Number of steps.
     """
     a, b, c = _COEFFICIENTS
     x = matrix / matrix.norm().clamp(min=1e-7)

@@ -12,7 +12,7 @@ class Anneal(LambdaLR):
     """Warm up, stay constant, then decay log-linearly to a twentieth over the last `tail` of the steps.
 
     Args:
-        optimizer: What to schedule.
+        optimizer: Optimiser to schedule.
         steps: Length of the whole run.
         warmup: Steps of the linear warm-up.
         tail: Share of the run that is annealed.
@@ -29,6 +29,6 @@ class Anneal(LambdaLR):
 
 
 def anneal(optimizer: Optimizer, steps: int, tail: float) -> dict[str, Any]:
-    """What `configure_optimizers` returns for an optimiser that is annealed, see `Anneal`."""
+    """Return value of `configure_optimizers` for an optimiser that is annealed, see `Anneal`."""
     scheduler = Anneal(optimizer, steps, tail=tail)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

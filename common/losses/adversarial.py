@@ -25,12 +25,12 @@ _REAL_LABEL = 0.8  # of `bce_smooth`, in both steps
 
 
 def generator_loss(kind: Kind, logits_fake: Logits, levels: Levels = "sum") -> Tensor:
-    """What the generator minimises.
+    """Loss of the generator.
 
     Args:
         kind: Row of the table above.
         logits_fake: Logits of generated images, (B, ...), or one such tensor per level of the discriminator.
-        levels: How levels are joined, after the mean over each image's positions.
+        levels: Reduction over levels, after the mean over each image's positions.
 
     Returns:
         Loss per image, (B,), fp32.
@@ -42,13 +42,13 @@ def generator_loss(kind: Kind, logits_fake: Logits, levels: Levels = "sum") -> T
 
 
 def discriminator_loss(kind: Kind, logits_real: Logits, logits_fake: Logits, levels: Levels = "sum") -> Tensor:
-    """What the discriminator minimises.
+    """Loss of the discriminator.
 
     Args:
         kind: Row of the table above.
         logits_real: Logits of real images, (B, ...), or one such tensor per level.
-        logits_fake: Logits of generated images, likewise.
-        levels: How levels are joined, after the mean over each image's positions.
+        logits_fake: Logits of generated images, (B, ...), or one such tensor per level.
+        levels: Reduction over levels, after the mean over each image's positions.
 
     Returns:
         Loss per image, (B,), fp32.

@@ -25,7 +25,7 @@ def check_pair(x_01: Tensor, y_01: Tensor) -> None:
 
 
 def check_range_01(x: Tensor, name: str) -> None:
-    """Refuse images that cannot be meant as [0, 1].
+    """Refuse images whose range is clearly not [0, 1].
 
     Nothing is clamped before a loss, so a restored image may overshoot [0, 1] a little while it trains. The bounds
     therefore lie half a range outside: [-1, 1] and [0, 255] images are caught, overshoot is not. Reading the range
@@ -33,7 +33,7 @@ def check_range_01(x: Tensor, name: str) -> None:
 
     Args:
         x: Images, any shape.
-        name: What to call them in the message.
+        name: Name of the images in the message.
 
     Raises:
         ValueError: The range exceeds [-0.5, 1.5]; the message holds the range found.

@@ -1,6 +1,6 @@
 """Losses that are given as gradients: the surrogate that carries a gradient, and DM-SR's two (eq. 6-8).
 
-A method states dL/dz = g for a g that is no gradient of anything one could evaluate. `g` is computed without a graph
+A method states dL/dz = g for a g that is not the gradient of a known function. `g` is computed without a graph
 and handed to autograd as the slope of a linear function of z:
 
     z_sr = ...                                                          # with a graph
@@ -23,12 +23,12 @@ Sign = Literal["corrected", "printed"]
 def score_surrogate(g: Tensor, z: Tensor) -> Tensor:
     """Mean over the elements of sg(g) z, whose batch mean has the gradient g / numel at z.
 
-    The value means nothing, may be negative and need not fall; log |g|. Same gradient as 0.5 mse(z, sg(z - g));
+    The value has no meaning, may be negative and need not fall; log |g|. Same gradient as 0.5 mse(z, sg(z - g));
     without the 0.5, as in OSEDiff, it is twice as large.
 
     Args:
-        g: Gradient wanted at `z`, (B, ...); detached.
-        z: Where it is to be applied, same shape.
+        g: Gradient at `z`, (B, ...); detached.
+        z: Tensor that gets this gradient, same shape.
 
     Returns:
         Surrogate per sample, (B,), fp32 at least.
@@ -49,8 +49,8 @@ def distribution_matching_gradient(
     Exactly 0 at z = h because the noise is shared; elsewhere descent along +g pulls z to h. Nothing gets a gradient.
 
     Args:
-        predict_eps: mu, called as `predict_eps(z_t, t)` once for z and once for h; text is the caller's to close over.
-            It must give the same output for the same input (eval mode).
+        predict_eps: mu, called as `predict_eps(z_t, t)` once for z and once for h; the caller binds the text. It must
+            give the same output for the same input (eval mode).
         z: Latents the method made, (B, C, h, w).
         h: Latents of the targets, same shape.
         noise: Standard normal, same shape.

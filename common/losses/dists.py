@@ -84,7 +84,7 @@ class EADISTS(nn.Module):
     Args:
         weights: `pretrained`, `random` or a path, as for `DISTS`.
         width: Factor on the number of channels; other than 1 only with `random` weights.
-        grey: What the edges are taken of; the paper does not say, public code of its authors takes `mean`.
+        grey: Image that the edges are computed on. The paper does not specify it; the authors' public code uses `mean`.
         edge_padding: `replicate`, or `zeros` as in public code of its authors, which draws a frame.
         seed: Seed of the `random` weights.
     """
@@ -115,7 +115,7 @@ def sobel_magnitude(x_01: Tensor, grey: Grey = "mean", padding: EdgePadding = "r
     Args:
         x_01: Images, (B, 3, H, W), RGB in [0, 1]. 16-bit floats are computed in fp32.
         grey: `mean` of R, G and B, `luma` (BT.601), or `per_channel`.
-        padding: How the border continues.
+        padding: Continuation of the border.
 
     Returns:
         (B, 1, H, W), or (B, 3, H, W) for `per_channel`; 1e-3 in flat areas, 4 at a step from 0 to 1.

@@ -20,13 +20,13 @@ class GramKL(nn.Module):
     """Weighted sum of `gram_distances` over five layers of VGG19; despite its name no Kullback-Leibler divergence.
 
     Value and gradient are zero where the images equal their references. Nothing in it is trainable. The paper gives
-    neither layers nor normalisation; those here are of the authors' code, whose distance is `l1_mean`.
+    neither layers nor normalisation; both are taken from the authors' code, whose distance is `l1_mean`.
 
     Args:
         weights: `pretrained`, `random` or a path, as for `VGGTrunk`.
         width: Factor on the number of channels; other than 1 only with `random` weights.
-        features: What the Gram matrices are taken of, as for `gram_matrix`.
-        distance: Of two Gram matrices: `sq_frobenius` (Eq. 6) or `l1_mean`, as for `gram_distances`.
+        features: Features of the Gram matrices, as for `gram_matrix`.
+        distance: Distance of two Gram matrices: `sq_frobenius` (Eq. 6) or `l1_mean`, as for `gram_distances`.
         layer_weights: Weights of conv1_2, conv2_2, conv3_4, conv4_4 and conv5_4.
         seed: Seed of the `random` weights.
 
@@ -82,7 +82,7 @@ def gram_distances(
         trunk: The network, such as `GramKL.trunk`; L layers.
         x_01: Images, (B, 3, H, W), RGB in [0, 1].
         x_ref_01: References, same shape and range; they get no gradient.
-        features: What the Gram matrices are taken of, as for `gram_matrix`.
+        features: Features of the Gram matrices, as for `gram_matrix`.
         distance: `sq_frobenius`, sum (G - G')^2, or `l1_mean`, mean |G - G'|, over the C^2 entries.
 
     Returns:
@@ -113,7 +113,7 @@ def gram_matrix(f: Tensor, features: GramFeatures = "layernorm") -> Tensor:
             1e-5), so that the trace is 1; `plain` takes them as they are.
 
     Returns:
-        (B, C, C), fp32 whatever autocast says outside (fp64 of fp64 features).
+        (B, C, C), fp32, also under autocast (fp64 for fp64 features).
 
     Raises:
         ValueError: `features` is unknown.

@@ -26,8 +26,8 @@ class LatentLPIPS(nn.Module):
 
         sum_k mean_pixels sum_C w_k (u_k(x) - u_k(y))^2,   u = f / (|f| + 1e-10)
 
-    Where |f| = 0 its gradient is taken as 0. State-dict keys are those of the released file. Always in eval mode, so
-    its dropout never acts and is left out; computed in the dtype of its weights whatever autocast says outside.
+    Where |f| = 0 its gradient is taken as 0. State-dict keys are those of the released file. The module is always in
+    eval mode, so dropout is left out. It computes in the dtype of its weights, also under autocast.
 
     Args:
         weights: `random` (He initialisation from `seed`, linear weights 1/C, for tests and demos) or the path of the
@@ -73,7 +73,7 @@ class LatentLPIPS(nn.Module):
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the module around it does."""
+        """Stay in eval mode, also when the parent module enters train mode."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class LatentLPIPS(nn.Module):
             Distance per latent, (B,), fp32.
 
         Raises:
-            ValueError: The shapes differ or are none of those, or the module was cast to 16 bits.
+            ValueError: The shapes differ or are wrong, or the module was cast to 16 bits.
         """
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < 2:
             raise ValueError(

@@ -72,7 +72,7 @@ class EALPIPS(nn.Module):
     Args:
         weights: `pretrained`, `random` or a path, as for `LPIPS`.
         width: Factor on the number of channels; other than 1 only with `random` weights.
-        grey: What the edges are taken of, as for `EADISTS`.
+        grey: Image that the edges are computed on, as for `EADISTS`.
         edge_padding: `replicate` or `zeros`, as for `EADISTS`.
         seed: Seed of the `random` weights.
     """

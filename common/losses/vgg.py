@@ -25,7 +25,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CONVS_PER_STAGE = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 _CHANNELS_PER_STAGE = (64, 128, 256, 512, 512)
-_ALEXNET_CHANNELS = (64, 192, 384, 256, 256)  # torchvision's AlexNet, which LPIPS's metric stands on
+_ALEXNET_CHANNELS = (64, 192, 384, 256, 256)  # torchvision's AlexNet, which the LPIPS metric uses
 _ALEXNET_CONVS = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
 _ALEXNET_POOLED = (0, 1, 4)  # convolutions followed by a pooling
 _TORCHVISION = {"vgg16": "VGG16", "vgg19": "VGG19", "alexnet": "AlexNet"}
@@ -54,8 +54,8 @@ class L2Pool(nn.Module):
 class VGGTrunk(nn.Module):
     """Convolutions of VGG16, VGG19 or AlexNet with torchvision's `features.*` keys; returns the asked layers' outputs.
 
-    Frozen, always in eval mode, and computed in the dtype of its weights (fp32) whatever autocast says outside. The
-    ReLUs are not in-place, so the output of a convolution can be asked for before its ReLU.
+    The trunk is frozen, always in eval mode, and computes in the dtype of its weights (fp32), also under autocast. The
+    ReLUs are not in-place, so a convolution's output before its ReLU can be returned.
 
     Args:
         layers: torchvision `features` indices of the outputs to return, increasing; for VGG16 3, 8, 15, 22, 29 are
@@ -69,7 +69,7 @@ class VGGTrunk(nn.Module):
 
     Raises:
         ValueError: `width` or `layers` do not fit, or a file does not hold this network.
-        FileNotFoundError: The weights cannot be had.
+        FileNotFoundError: The weights are not available.
     """
 
     mean: Tensor
@@ -96,7 +96,7 @@ class VGGTrunk(nn.Module):
         self.to(memory_format=torch.channels_last).to(network_device()).requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the module around it does."""
+        """Stay in eval mode, also when the parent module enters train mode."""
         return super().train(False)
 
     def normalise(self, x_01: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def build_features(arch: Arch, channels: Sequence[int], pooling: Pooling, in_cha
 
 
 def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: int) -> None:
-    """Fill what `build_features` laid out, in fp32.
+    """Load or draw the weights of the layers that `build_features` laid out, in fp32.
 
     Args:
         net: Holder of the layout as its attribute `features`, and of no other parameter yet.
@@ -163,7 +163,7 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
 
     Raises:
         ValueError: `width` does not fit, or a file does not hold this network.
-        FileNotFoundError: The weights cannot be had.
+        FileNotFoundError: The weights are not available.
     """
     if width <= 0 or (width != 1.0 and weights not in ("random", "empty")):
         raise ValueError(f"width={width} does not fit weights={weights!r}; use width=1.0, or weights='random'.")
@@ -215,7 +215,7 @@ def read_state(weights: str, instead: str = "'pretrained', or 'random'") -> dict
 
     Args:
         weights: Path of the file.
-        instead: What else the caller's `weights` may be, for the message.
+        instead: Other values that the caller's `weights` may have, for the message.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -33,8 +33,8 @@ def vsd_gradient(
     regulariser) finds likely to what the teacher does. 0 where both agree. Nothing gets a gradient.
 
     Args:
-        teacher: e_cond, the frozen prior; called as `teacher(z_t, t)` once. Its condition is the caller's to close
-            over. It must give eps in eval mode, as the next two.
+        teacher: e_cond, the frozen prior; called as `teacher(z_t, t)` once. The caller binds its condition. It must
+            give eps in eval mode, as the next two.
         teacher_null: e_null, the same with the null condition; called once, or not at all where `cfg` is 1.
         student: e_reg, trained on the generator's latents; called once, without guidance.
         z: Latents the generator made, (B, C, h, w).
@@ -69,7 +69,7 @@ def vsd_gradient(
 def vsd_loss(g: Tensor, z: Tensor, scale: float = 2.0) -> Tensor:
     """Mean over the elements of scale sg(g) z, whose batch mean has the gradient scale g / numel at z.
 
-    The value means nothing, see `score_surrogate`; log |g|.
+    The value has no meaning, see `score_surrogate`; log |g| instead.
 
     Args:
         g: From `vsd_gradient`, (B, C, h, w); detached.

@@ -1,6 +1,6 @@
-"""Rewards: frozen judges that give each image one number, (B,), higher for better; what RFSR and DNF-SR train on.
+"""Rewards of RFSR and DNF-SR: frozen functions that give each image one number, (B,), higher for better.
 
-Called as `reward(x_01, prompts)`, or with the high-quality images behind where they are compared; see `Reward`.
+A reward is called as `reward(x_01, prompts)`, or as `reward(x_01, prompts, hq_01)` where it compares; see `Reward`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What every image reward is: a frozen network or formula that gives each image one number, higher for better."""
+"""Base of all image rewards: a frozen network or formula that gives each image one number, higher for better."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from common.losses.checks import check_range_01
 class Reward(nn.Module, ABC):
     """A score of images, higher for better, called as `reward(x_01, prompts)` or `reward(x_01, prompts, hq_01)`.
 
-    Always in eval mode, without trainable parameters, and computed in fp32 (or float64, for such images or weights)
-    whatever autocast says outside. The gradient reaches `x_01` where `differentiable`; elsewhere the score has none.
+    A reward is always in eval mode, has no trainable parameters, and computes in fp32 (float64 for such images or
+    weights), also under autocast. The gradient reaches `x_01` if `differentiable`; otherwise the score has none.
 
     A subclass writes `_score` and ends its `__init__` with `requires_grad_(False).train(False)` if it has weights.
     """
 
     name: str
-    """What tables and logs call it."""
+    """Name in tables and logs."""
     differentiable: bool
-    """Whether the score has a gradient in the image."""
+    """True if the score has a gradient in the image."""
     prompted: ClassVar[bool] = False
-    """Whether the score depends on the prompts; the others look at none."""
+    """True if the score depends on the prompts; other rewards ignore them."""
     referenced: ClassVar[bool] = False
-    """Whether the score compares with the high-quality image, which then is needed; the others do not look at it."""
+    """True if the score compares with the high-quality image, which is then required; other rewards ignore it."""
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the module around it does."""
+        """Stay in eval mode, also when the parent module enters train mode."""
         return super().train(False)
 
     def load(self, device: torch.device | str = "cpu") -> None:
-        """Fetch now what the first call would fetch, so that a run fails before it starts.
+        """Fetch the files that the first call needs, so that a run fails before it starts.
 
         Args:
-            device: Where the images of that call will be.
+            device: Device of the images in that call.
 
         Raises:
             FileNotFoundError: A vocabulary is not there and cannot be fetched.
-            MetricUnavailableError: pyiqa or its weights cannot be had.
+            MetricUnavailableError: pyiqa or its weights are not available.
         """
 
     def forward(self, x_01: Tensor, prompts: Sequence[str], hq_01: Tensor | None = None) -> Tensor:
@@ -53,15 +53,15 @@ class Reward(nn.Module, ABC):
         Args:
             x_01: Images, (B, 3, H, W), RGB in [0, 1], of any floating type; clamped to that range, so pixels outside
                 get no gradient.
-            prompts: What each shows, B strings; rewards that are not `prompted` do not read them.
-            hq_01: The high-quality image of each, same shape, clamped likewise; it gets no gradient. Rewards that are
-                not `referenced` do not look at it.
+            prompts: Description of each image, B strings; rewards that are not `prompted` ignore them.
+            hq_01: The high-quality image of each, same shape, clamped to [0, 1], without gradient. Rewards that are not
+                `referenced` ignore it.
 
         Returns:
             Raw score per image, (B,), fp32 (float64 for float64 images where there are no fp32 weights).
 
         Raises:
-            ValueError: `x_01` is no batch of images, the prompts are not B, a `referenced` reward lacks `hq_01` of the
+            ValueError: `x_01` is not a batch of images, prompts are not B, a `referenced` reward lacks `hq_01` of the
                 same shape, or the module was cast to 16 bits.
         """
         x = self._images(x_01)
@@ -82,14 +82,14 @@ class Reward(nn.Module, ABC):
         Args:
             x: Images, (B, 3, H, W).
             prompts: B strings.
-            hq: What to compare with, same shape and type, without a graph; None if and only if not `referenced`.
+            hq: References, same shape and type, without a graph; None if and only if not `referenced`.
 
         Returns:
             Scores, (B,).
         """
 
     def _reference(self, hq_01: Tensor | None, x: Tensor) -> Tensor:
-        """Check the reference of the images `x`, and make it ready as they are."""
+        """Check the references of the images `x`, and convert them in the same way."""
         if hq_01 is None or hq_01.shape != x.shape:
             found = "missing" if hq_01 is None else f"of shape {tuple(hq_01.shape)}"
             raise ValueError(

@@ -24,13 +24,13 @@ def group_rewards(raw: Tensor, lower_better: Sequence[bool]) -> Tensor:
 
     Args:
         raw: The metrics m, (K, M), each in its own unit.
-        lower_better: For each of the M metrics whether smaller is better.
+        lower_better: True for each of the M metrics where smaller is better.
 
     Returns:
         Rewards, (K,), within (0, 1), in `raw`'s type; 1/2 is "as good as the group".
 
     Raises:
-        ValueError: `raw` is no (K, M) with M directions, or is empty.
+        ValueError: `raw` is not (K, M) with M directions, or is empty.
     """
     if raw.ndim != 2 or raw.shape[1] != len(lower_better) or not raw.numel():
         raise ValueError(

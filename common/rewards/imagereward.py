@@ -80,7 +80,7 @@ class ImageRewardSize:
         text_width: Channels of the text encoder; its MLPs have four times as many.
         text_layers: Its blocks.
         text_heads: Its attention heads.
-        vocabulary: Its tokens; BERT's 30,522 and two that ImageReward never meets.
+        vocabulary: Its tokens: BERT's 30,522 and two that ImageReward never uses.
         positions: Its longest text.
         head: Channels between the linear layers of the head.
     """
@@ -99,13 +99,13 @@ class ImageRewardSize:
 
 
 class ImageReward(Reward):
-    """How much people would like an image for its prompt, about N(0, 1) over the images it was trained on.
+    """Human preference for an image given its prompt, about N(0, 1) over the images that the network was trained on.
 
         h = BLIP text encoder(prompt, cross-attending to ViT(image)) at [CLS],   r = (MLP(h) - 0.1672) / 1.0333
 
     The MLP is linear throughout. The image's shorter side is resized to 224 px (bicubic with antialias), then its
-    centre is cropped; the prompt is cut or padded to 35 BERT tokens. Differs from `image-reward` in nothing but the
-    resize of PIL images, which that package rounds to 8 bits.
+    centre is cropped; the prompt is cut or padded to 35 BERT tokens. The only difference from `image-reward` is
+    the resize of PIL images, which that package rounds to 8 bits.
 
     Args:
         weights: Hub id (`THUDM/ImageReward`: ImageReward.pt, from the Hugging Face cache or else downloaded into it),
@@ -236,7 +236,7 @@ class ImageReward(Reward):
 
 
 def clip_pixels(x: Tensor, side: int) -> Tensor:
-    """Bring images to what CLIP's and BLIP's vision transformers see, as torchvision's transforms of tensors do.
+    """Prepare images for CLIP's and BLIP's vision transformers, as torchvision's transforms of tensors do.
 
     Args:
         x: Images, (B, 3, H, W), RGB in [0, 1].
@@ -262,7 +262,7 @@ def released_to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         The same tensors under our names, without position ids and the projections of BLIP's contrastive loss (459,776
-        values). A name that is in no rule stays, for strict loading to refuse.
+        values). A name without a rule stays, and strict loading refuses it.
     """
     renamed = {}
     for key, value in state.items():

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 class PyiqaReward(Reward):
     """A no-reference metric of pyiqa, negated where lower is better.
 
-    pyiqa is imported, and its network read or downloaded, at the first call or by `load`. The network is no submodule:
-    nobody's `train()`, `to()`, `state_dict()` or DDP reaches it (MANIQA in train mode takes random crops); it follows
-    the images' device. Calls draw from a random state of their own. The prompts are not read.
+    pyiqa is imported, and its network read or downloaded, at the first call or by `load`. It is not a submodule, so
+    `train()`, `to()`, `state_dict()` and DDP do not reach it (MANIQA in train mode takes random crops). It follows the
+    images' device. Calls draw from a random state of their own. The prompts are not read.
 
     CLIP-IQA is pyiqa's: RN50 without positional embedding, the mean over five pairs of antonyms, within (0, 1).
 
@@ -46,13 +46,13 @@ class PyiqaReward(Reward):
             device: Where the network runs.
 
         Raises:
-            ValueError: pyiqa has no such metric, or it judges folders or compares with a reference.
-            MetricUnavailableError: pyiqa is not installed, or the weights cannot be had.
+            ValueError: pyiqa has no such metric, or it scores folders or compares with a reference.
+            MetricUnavailableError: pyiqa is not installed, or the weights are not available.
         """
         device = torch.empty(0, device=device).device  # "cuda" with its index, as images have it
         if self._loaded is not None and self._loaded[1] == device:
             return
-        with torch.inference_mode(False):  # a test may load it, and a fit go on with it
+        with torch.inference_mode(False):  # a test may load it before a fit uses it
             protocol = pyiqa_metric(self.metric, device=device)
         if protocol.needs_hq:
             raise ValueError(

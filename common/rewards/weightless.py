@@ -1,4 +1,4 @@
-"""Rewards without weights: formulas for the demo, which stand in for learned ones and do not claim to replace them."""
+"""Rewards without weights: formulas that stand in for learned rewards in the demo and do not replace them elsewhere."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Sharpness(Reward):
 
     A step of height h that is blurred over sigma px adds about h^2 / sigma to A and about h^2 to V, so blur lowers the
     score. So does noise: its gradients have no direction, hence lambda_1 = lambda_2 up to chance, and it adds to V. A
-    ramp scores 1 / (1 + var G) whatever its slope; gain and offset of the image do not matter until V nears `floor`.
+    ramp scores 1 / (1 + var G) for any slope; gain and offset of the image do not matter until V nears `floor`.
 
-    It is no measure of quality: it knows edges, not content, and a cartoon scores above the photo it was drawn from.
+    It is not a quality measure: it reacts to edges, not content, and a cartoon scores above the photo it is drawn from.
 
     Args:
         sigma: Standard deviation of the window, px; it reaches 3 sigma, rounded up.
@@ -66,13 +66,13 @@ class Sharpness(Reward):
 
 
 class Neutrality(Reward):
-    """How close an image's mean colour is to grey, by the grey-world assumption (Buchsbaum 1980); 1 for none but grey.
+    """Closeness of an image's mean colour to grey, by the grey-world assumption (Buchsbaum 1980); 1 if it is grey.
 
     With the means of R, G and B over the pixels and their standard deviation (of the three, over 3):
 
         score = 1 - std(mean R, mean G, mean B)
 
-    The assumption fails for photos of one colour: what a restoration gains in it is a cast less, or a colour.
+    The assumption fails for photos of one colour: a higher score means a weaker colour cast, or lost colour.
     """
 
     name = "neutrality"

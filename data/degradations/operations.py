@@ -17,7 +17,7 @@ from data.degradations.kernels import Array, separate, trim
 
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 TRIM_TOLERANCE = 1e-3  # of a kernel's sum of |taps|
-SPLIT_TOLERANCE = 2e-3  # likewise; with the above the worst image is off by 0.5 grey levels, photos by far less
+SPLIT_TOLERANCE = 2e-3  # of the same sum; the worst image then differs by 0.5 grey levels, photos by far less
 _CELL_BITS = 12
 _CELLS = 1 << _CELL_BITS
 _SPLIT = 255  # mark of a table cell that more than one count shares
@@ -119,7 +119,7 @@ def gaussian_noise(image: Array, sigma: float, gray: bool, rng: np.random.Genera
     Args:
         image: float32, (H, W, 3).
         sigma: Standard deviation, grey levels.
-        gray: Whether the three channels share one field.
+        gray: True if the three channels share one noise field.
         rng: Source of the noise.
 
     Returns:
@@ -138,7 +138,7 @@ def poisson_noise(image: Array, factor: float, gray: bool, rng: np.random.Genera
     Args:
         image: float32, (H, W, 3).
         factor: Scale of the noise; 1 is the Poisson law's own strength.
-        gray: Whether the three channels share one field.
+        gray: True if the three channels share one noise field.
         rng: Source of the noise.
 
     Returns:

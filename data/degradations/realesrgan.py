@@ -1,6 +1,6 @@
 """The second-order degradation of Real-ESRGAN (arXiv:2107.10833), one sample at a time, in the data worker.
 
-Order and probabilities are those of the published code. What differs on purpose:
+Order and probabilities are those of the published code. Intended differences:
 
 - The first resize maps the whole image onto the new one. The published code passes a scale factor to
   `interpolate`, which floors the size but keeps the factor for bilinear and bicubic, and so drops up to one new
@@ -122,7 +122,7 @@ def bicubic_downsample(hq: Array, scale: int) -> Array:
 
 
 def _check_image(hq: Array, scale: int) -> tuple[int, int]:
-    """Return the low-quality height and width, or say what is wrong with the image."""
+    """Return the low-quality height and width; refuse an image that does not fit."""
     if hq.dtype != np.uint8 or hq.ndim != 3 or hq.shape[2] != 3:
         raise ValueError(f"hq is {hq.dtype} of shape {hq.shape}; give a uint8 RGB image of shape (H, W, 3)")
     height, width = hq.shape[:2]
