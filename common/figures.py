@@ -165,7 +165,7 @@ def save_figure(path: Path, figure: Figure, caption: str) -> None:
         OSError: The file cannot be written.
     """
     if not caption.strip():
-        raise ValueError(f"caption of {path} is empty; say in a sentence what the figure shows")
+        raise ValueError(f"caption of {path} is empty; describe the figure in a sentence")
     with replacing(path) as temporary:
         temporary.write_bytes(_png(figure, _DPI, caption))
 
@@ -196,7 +196,7 @@ def _png(figure: Figure, dpi: int | str, caption: str | None = None) -> bytes:
 def _values(name: str, values: ArrayLike) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size:
-        raise ValueError(f"{name} has shape {array.shape}; one dimension and at least one value are wanted")
+        raise ValueError(f"{name} has shape {array.shape}; pass one dimension and at least one value")
     wrong = int((~np.isfinite(array)).sum())
     if wrong:
         raise ValueError(f"{name} holds {wrong} of {array.size} values that are not finite; find where they arise")

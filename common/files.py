@@ -42,7 +42,7 @@ def inside(folder: str | Path, name: str | Path) -> Path:
     windows = PureWindowsPath(text)
     absolute = Path(text).is_absolute() or windows.is_absolute()
     if not Path(text).parts or "\0" in text or ".." in {*Path(text).parts, *windows.parts} or absolute:
-        raise ValueError(f"name={text!r} is no name of a file inside {folder}; rename it")
+        raise ValueError(f"name={text!r} is not a name of a file inside {folder}; rename it")
     path = folder / text
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} leads out of {folder} by a link; remove the link, or give another folder")

@@ -241,8 +241,8 @@ class TileStore:
         x = sr_tile[0].float().cpu()
         if not x.isfinite().all():
             raise ValueError(
-                f"restore made values that are not finite of the tile at row {top}, column {left}; look for the "
-                "overflow that made them (trainer.precision=32 has none)"
+                f"restore made values that are not finite of the tile at row {top}, column {left}; set "
+                "trainer.precision=32 if an overflow made them"
             )
         with _replacing(self._path(top, left), recorded=False) as file:
             file.write(x.transpose(0, 1).contiguous().numpy().data)

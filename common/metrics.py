@@ -96,7 +96,7 @@ class MetricProtocol:
         if sr.shape != hq.shape:
             sizes = " and ".join(f"{name} is {x.shape[1]} x {x.shape[0]} px" for name, x in (("sr", sr), ("hq", hq)))
             after = f" after cropping {self.crop} px" if self.crop else ""
-            raise ValueError(f"{self.id}: {sizes} (width x height{after}); bring both to one size, nothing is resized")
+            raise ValueError(f"{self.id}: {sizes} (width x height{after}); give both one size: nothing is resized")
         return self.function(sr, hq)
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ def to_uint8(x_01: Tensor) -> Tensor:
     if x_01.ndim not in (3, 4) or x_01.shape[-3] != 3 or not x_01.is_floating_point():
         raise ValueError(f"x_01 is {x_01.dtype} of shape {tuple(x_01.shape)}; pass float (B, 3, H, W) or (3, H, W)")
     if not x_01.isfinite().all():
-        raise ValueError("x_01 holds values that are not finite; look for the overflow that made them")
+        raise ValueError("x_01 holds values that are not finite; an overflow is likely: use a higher precision")
     return x_01.float().clamp(0, 1).mul(255).add(0.5).floor().to(torch.uint8)
 
 

@@ -366,12 +366,12 @@ def _locate(pretrained: str, subfolder: str, weights: bool) -> _Source:
             raise WeightsNotFoundError(
                 f"pretrained='{pretrained}' has no subfolder '{subfolder}' (found: "
                 f"{', '.join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or 'none'}); "
-                "a folder in diffusers layout is wanted."
+                "give a folder in diffusers layout."
             )
         return _Source(folder, has_weights=True)
     if not HUB_ID.fullmatch(pretrained):
         raise ValueError(
-            f"pretrained='{pretrained}' is no existing folder and no hub id (owner/name); "
+            f"pretrained='{pretrained}' is neither an existing folder nor a hub id (owner/name); "
             f"give one of these, 'tiny' or 'random:<architecture>' with one of {_architectures()}."
         )
     if is_architecture_only():
@@ -489,7 +489,7 @@ def _build(
         with torch.device("meta"):
             return make().to(dtype)
     log.warning(
-        "random weights: '%s' of pretrained='%s' is not trained; its output means nothing",
+        "random weights: '%s' of pretrained='%s' is not trained; its output has no meaning",
         subfolder or "model",
         pretrained,
     )

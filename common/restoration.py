@@ -148,7 +148,7 @@ class RestorationModule(TrainingModule):
             )
         for name in self.loss_weights:
             if name not in IMAGE_LOSSES:
-                raise ValueError(f"losses: {name} is no image loss; use {', '.join(IMAGE_LOSSES)}")
+                raise ValueError(f"losses: {name} is not an image loss; use {', '.join(IMAGE_LOSSES)}")
 
     def configure_model(self) -> None:
         """Build the networks, and those of the added losses where the method is trained."""

@@ -234,7 +234,7 @@ class TrainingModule(LightningModule):
         """
         raise ValueError(
             f"{argument}={self.stages[argument].path} holds other weights than the stage that this checkpoint was "
-            f"trained on ({stage.path}); put those back, or train this stage anew"
+            f"trained on ({stage.path}); restore those, or train this stage again"
         )
 
     # Fixed texts

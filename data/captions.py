@@ -151,7 +151,7 @@ def _name(path: Path, folder: Path) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ImageError(f"{os.fsencode(path)!r} is no UTF-8 name, which no manifest can hold; rename it") from None
+        raise ImageError(f"{os.fsencode(path)!r} is not a UTF-8 name, as manifests need; rename it") from None
     return name.removeprefix(root)
 
 
@@ -209,10 +209,10 @@ class Journal:
         self._file.seek(0)
         head = self._file.readline()
         if head[: len(self._BEGIN)] != self._BEGIN[: len(head)]:
-            raise ValueError(f"{self.path} is no journal of isr caption; delete it, or give another output")
+            raise ValueError(f"{self.path} is not a journal of isr caption; delete it, or give another output")
         torn, kept = _take_lines(self._file, self.done, {})
         if torn:
-            log.warning("%s: %d lines are torn; what they held is captioned again", self.path, torn)
+            log.warning("%s: %d lines are incomplete; their patches are captioned again", self.path, torn)
         if self.done:
             self._check(head, settings)
             self._file.truncate(len(head) + kept)
@@ -225,7 +225,7 @@ class Journal:
             begun = json.loads(head)["isr caption"]
         except ValueError:
             raise ValueError(
-                f"{self.path} does not say any more what it was begun with; delete it to begin anew without its "
+                f"{self.path} no longer holds the settings it was begun with; delete it to begin anew without its "
                 f"{len(self.done)} captions"
             ) from None
         changed = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]

@@ -65,7 +65,7 @@ def _distinct(sets: Sequence[NamedSet], sources: Sequence[PairSource]) -> list[N
     same = {source if isinstance(source, PairFolders) else Path(source).expanduser().resolve() for source in sources}
     if len(same) < len(sources):
         listed = ", ".join(map(str, sources))
-        raise ValueError(f"sets {listed} would share the names of one that is there twice; leave one")
+        raise ValueError(f"sets {listed} would share the names of a set that is given twice; remove one")
     places = [source.place if isinstance(source, PairFolders) else source for source in sources]
     named = distinct_names([name for name, _ in sets], places)
     return [(name, images) for name, (_, images) in zip(named, sets, strict=True)]
@@ -381,8 +381,8 @@ class SRData(LightningDataModule):
         overfit = getattr(self.trainer, "overfit_batches", 0)
         if overfit:
             raise ValueError(
-                f"trainer.overfit_batches={overfit} cannot be had from an endless stream of "
-                "crops; set data.init_args.train to the few photos meant"
+                f"trainer.overfit_batches={overfit} cannot apply to an endless stream of "
+                "crops; set data.init_args.train to the few photos instead"
             )
         if isinstance(limit, float) and limit != 1.0:
             raise ValueError(

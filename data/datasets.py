@@ -78,7 +78,7 @@ def check_crop_size(crop_size: int, scale: int, argument: str = "crop_size") -> 
         raise ValueError(f"scale={scale} is out of range; set scale >= 1")
     if crop_size < scale or crop_size % scale:
         raise ValueError(
-            f"{argument}={crop_size} is no multiple of scale={scale}; "
+            f"{argument}={crop_size} is not a multiple of scale={scale}; "
             f"set {argument} to {max(1, crop_size // scale) * scale}"
         )
 
@@ -165,7 +165,7 @@ class Prompts:
         first, number = numbered(digests(names))
         for place in np.flatnonzero(first[number] != np.arange(len(names))).tolist():  # none of a folder
             if self._texts[place] != self._texts[int(first[number[place]])]:
-                raise ValueError(f"{self.argument}={self.source} has two prompts for {names[place]}; leave one")
+                raise ValueError(f"{self.argument}={self.source} has two prompts for {names[place]}; keep one")
 
     @property
     def files(self) -> Sequence[Path]:
@@ -550,7 +550,7 @@ class Pairs(Dataset[Sample]):
         lqs = [lq for lq, _, _ in found]
         if len(set(lqs)) < len(lqs):
             twice = [path for path, times in Counter(lqs).items() if times > 1]
-            raise ValueError(f"csv={csv} pairs {first_five(twice)} more than once; leave one pair each")
+            raise ValueError(f"csv={csv} pairs {first_five(twice)} more than once; keep one pair each")
         names = unique_names(lqs, lq_root if csv is None else None)
         self.pairs = [Pair(lq, hq, name, prompt) for (lq, hq, prompt), name in zip(found, names, strict=True)]
         self.texts = Texts([pair.prompt for pair in self.pairs], names, prompts)
@@ -648,7 +648,7 @@ class LQImages(Dataset[Sample]):
             references = next((path for path in sorted(root.rglob("test_HR")) if path.is_dir()), None)
             if references is not None:
                 raise ValueError(
-                    f"{argument}={source} holds references ({references}) besides LQ images; "
+                    f"{argument}={source} holds references ({references}) and LQ images; "
                     f"give {references.with_name('test_LR')}"
                 )
         else:
@@ -657,7 +657,7 @@ class LQImages(Dataset[Sample]):
         if len(entries.files) < len(entries):
             twice = np.flatnonzero(np.bincount(entries.file) > 1).tolist()
             named = first_five(entries.files[i] for i in twice)
-            raise ValueError(f"{argument}={source} lists {named} more than once; leave one each")
+            raise ValueError(f"{argument}={source} lists {named} more than once; keep one each")
         self.source, self._broken = source, dict[Path, str]()
         self.layout = "images without references" if root is None else "a folder of images without references"
         self.paths: Sequence[Path] = entries.files

@@ -143,10 +143,10 @@ def _two_folders(folder: Path, files: Sequence[Path], scale: int, argument: str)
             f"{argument}={folder} holds {len(sets)} sets of pairs: {first_five(sets)}; name the folders one by one, or "
             f"{explicit(folder / next(iter(first.lq)), folder / next(iter(first.hq)), argument)}"
         )
-    ((parent, said), site) = next(iter(chosen.items()))
+    ((parent, rest), site) = next(iter(chosen.items()))
     lq, hq = (_of_scale(getattr(site, side), scale, folder, argument) for side in ("lq", "hq"))
     pairs, complaints = match_pairs(folder / lq, folder / hq, scale)
-    if said == _DIFFERENT and not (pairs and _ratio(*pairs[0])):  # Ford GT, LR exports
+    if rest == _DIFFERENT and not (pairs and _ratio(*pairs[0])):  # Ford GT, LR exports
         return None
     if not pairs and not any(complaint.startswith("ambiguous ") for complaint in complaints):
         raise ValueError(

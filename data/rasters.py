@@ -94,7 +94,7 @@ def check_memory(height: int, width: int) -> None:
     pixels, given = height * width, os.environ.get("ISR_MAX_PIXELS")
     if given is not None:
         if not given.isdecimal():
-            raise ValueError(f"ISR_MAX_PIXELS={given} is no number of pixels; set a whole number, or none")
+            raise ValueError(f"ISR_MAX_PIXELS={given} is not a number of pixels; set a whole number, or unset it")
         if pixels > int(given):
             raise ValueError(f"{width}x{height} px are more than ISR_MAX_PIXELS={given}; set it to {pixels} or more")
     elif pixels > _SMALL and pixels * _BYTES_PER_PIXEL > (free := _free_memory()):

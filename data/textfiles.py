@@ -96,4 +96,4 @@ def read_csv(path: Path, argument: str) -> Iterator[dict[str, str]]:
         for row in reader:
             yield {key: value or "" for key, value in row.items() if key}
     except csv.Error as error:
-        raise ValueError(f"{argument}={path}: line {reader.line_num + 1} is no csv ({error}); correct it") from None
+        raise ValueError(f"{argument}={path}: line {reader.line_num + 1} is not valid csv ({error}); fix it") from None

@@ -90,7 +90,7 @@ class Captioner:
             WeightsNotFoundError: The model is not there and cannot be fetched.
         """
         if x_01.ndim != 4:
-            raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; (B, 3, h, w) is wanted")
+            raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; pass (B, 3, h, w)")
         from PIL import Image
 
         images = [Image.fromarray(image) for image in to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy()]
@@ -125,7 +125,7 @@ class Captioner:
             instruction = self.instruction or FLORENCE_TASK
             if not any(task in instruction for task in tasks):
                 raise ValueError(
-                    f"instruction={instruction} is no task of model='{self.model}'; give one of {', '.join(tasks)}"
+                    f"instruction={instruction} is not a task of model='{self.model}'; give one of {', '.join(tasks)}"
                 )
             return processor(images=images, text=[instruction] * len(images), return_tensors="pt")
         return processor(images=images, return_tensors="pt")
@@ -147,7 +147,7 @@ class Captioner:
             ) from error
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"model='{self.model}' is no image-to-text model that transformers knows: {one_line(error, 300)}. Give "
+                f"model='{self.model}' is not an image-to-text model of transformers: {one_line(error, 300)}. Give "
                 "one that AutoModelForImageTextToText loads, e.g. 'llava-hf/llava-onevision-qwen2-0.5b-ov-hf'."
             ) from error
         return processor, model.to(self._device).eval().requires_grad_(False)
@@ -159,7 +159,7 @@ class Captioner:
             return folder
         if not HUB_ID.fullmatch(self.model):
             raise ValueError(
-                f"model='{self.model}' is no existing folder and no hub id (owner/name); give one of these."
+                f"model='{self.model}' is neither an existing folder nor a hub id (owner/name); give one of these."
             )
         try:
             root = Path(huggingface_hub.snapshot_download(self.model, local_files_only=True))

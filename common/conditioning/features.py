@@ -52,7 +52,7 @@ class DinoFeatures(nn.Module):
         self.model = load_vision_model(pretrained, seed)
         config = self.model.config
         if config.model_type != "dinov2":
-            raise ValueError(f"pretrained='{pretrained}' is a '{config.model_type}' model; a 'dinov2' is wanted.")
+            raise ValueError(f"pretrained='{pretrained}' is a '{config.model_type}' model; give a 'dinov2'.")
         self.patch: int = config.patch_size
         if size is not None and (size < self.patch or size % self.patch):
             raise ValueError(f"size={size} must be a positive multiple of {self.patch}, DINOv2's patch size, or null.")
@@ -86,7 +86,7 @@ class DinoFeatures(nn.Module):
             ValueError: `x_01` has another shape.
         """
         if x_01.ndim != 4 or x_01.shape[1] != 3:
-            raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; (B, 3, H, W) is wanted.")
+            raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; pass (B, 3, H, W).")
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         x = x_01.to(dtype)
         mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

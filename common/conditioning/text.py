@@ -99,7 +99,7 @@ class LearnedEmbedding(nn.Module):
         if isinstance(init, Tensor):
             start = init[0] if init.ndim == 3 and len(init) == 1 else init
             if start.shape != (tokens, width):
-                raise ValueError(f"init has shape {tuple(init.shape)}, ({tokens}, {width}) is wanted.")
+                raise ValueError(f"init has shape {tuple(init.shape)}; pass ({tokens}, {width}).")
             start = start.detach().clone().float()
         elif init == "normal":
             start = torch.randn(tokens, width)

@@ -177,7 +177,7 @@ class _SeeSRNetwork(ModelMixin):
         """Exchange the cross-attention blocks for ours."""
         if not wanted:
             raise ValueError(
-                "use_image_cross_attention=False: this is no network of SeeSR's; use diffusers' own class."
+                "use_image_cross_attention=False: this is not a network of SeeSR; use diffusers' own class."
             )
         self.mid_block = self._take_over(self.mid_block, image_dim)
         for blocks in (self.down_blocks, getattr(self, "up_blocks", nn.ModuleList())):

@@ -81,4 +81,4 @@ def build_image_loss(name: str, weights: str = "random", width: float = 1.0) -> 
         return _PIXEL[name]
     if name in _FEATURE:
         return _FEATURE[name](weights, width)
-    raise ValueError(f"name={name!r} is no image loss; use one of {', '.join(IMAGE_LOSSES)}.")
+    raise ValueError(f"name={name!r} is not an image loss; use one of {', '.join(IMAGE_LOSSES)}.")

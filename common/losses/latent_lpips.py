@@ -68,7 +68,7 @@ class LatentLPIPS(nn.Module):
             self.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as err:
             reason = one_line(err, 300)
-            raise ValueError(f"weights={weights!r} is no latent LPIPS; pass {_FILE}: {reason}") from err
+            raise ValueError(f"weights={weights!r} is not a latent LPIPS; pass {_FILE}: {reason}") from err
         self.to(memory_format=torch.channels_last).to(network_device(), torch.float32)
         self.requires_grad_(False).train(False)
 

@@ -180,7 +180,7 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
         net.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as err:
         reason = one_line(err, 300)
-        raise ValueError(f"weights={weights!r} is no torchvision {arch} state dict: {reason}") from err
+        raise ValueError(f"weights={weights!r} is not a torchvision {arch} state dict: {reason}") from err
 
 
 def random_state(trunk: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def read_state(weights: str, instead: str = "'pretrained', or 'random'") -> dict
     path = Path(weights)
     if path.suffix not in (".pth", ".safetensors") or not path.is_file():
         raise FileNotFoundError(
-            f"weights={weights!r} is no existing .pth or .safetensors file; pass one, or {instead}."
+            f"weights={weights!r} is not an existing .pth or .safetensors file; pass one, or {instead}."
         )
     state: dict[str, Tensor] = read_tensors(path)
     return state

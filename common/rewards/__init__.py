@@ -66,4 +66,4 @@ def build_reward(name: str, **kwargs: Any) -> Reward:
         return PyiqaReward(name.removeprefix(_PYIQA), **kwargs)
     if name in _REWARDS:
         return _REWARDS[name](**kwargs)
-    raise ValueError(f"name={name!r} is no reward; use one of {', '.join(_REWARDS)}, or {_PYIQA}<name>.")
+    raise ValueError(f"name={name!r} is not a reward; use one of {', '.join(_REWARDS)}, or {_PYIQA}<name>.")

@@ -229,7 +229,7 @@ class ImageReward(Reward):
             self.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
         except RuntimeError as err:
             reason = one_line(err, 300)
-            raise ValueError(f"weights={weights!r} is no ImageReward; pass its {_FILE}: {reason}") from err
+            raise ValueError(f"weights={weights!r} is not an ImageReward; pass its {_FILE}: {reason}") from err
         embeddings = self.text.embeddings  # holds the one buffer that no file has
         embeddings.position_ids = torch.arange(self.size.positions)[None]
         self.to(network_device())
@@ -301,7 +301,7 @@ def _download(repo: str) -> Path:
     """ImageReward.pt of a hub repository, from the cache, else by download."""
     if not HUB_ID.fullmatch(repo) or Path(repo).suffix in _SUFFIXES:
         raise WeightsNotFoundError(
-            f"weights='{repo}' is no existing file and no hub id (owner/name); pass the path of {_FILE}, "
+            f"weights='{repo}' is neither an existing file nor a hub id (owner/name); pass the path of {_FILE}, "
             "'THUDM/ImageReward', or 'random' for a demo."
         )
     try:
@@ -338,7 +338,7 @@ def _tokenizer_folder(tokenizer: str) -> Path:
         return folder
     if not HUB_ID.fullmatch(tokenizer):
         raise WeightsNotFoundError(
-            f"tokenizer='{tokenizer}' is no existing folder and no hub id (owner/name); pass one of these."
+            f"tokenizer='{tokenizer}' is neither an existing folder nor a hub id (owner/name); pass one of these."
         )
     try:
         root = Path(huggingface_hub.snapshot_download(tokenizer, local_files_only=True))

@@ -127,7 +127,7 @@ def _check_image(hq: Array, scale: int) -> tuple[int, int]:
         raise ValueError(f"hq is {hq.dtype} of shape {hq.shape}; give a uint8 RGB image of shape (H, W, 3)")
     height, width = hq.shape[:2]
     if height % scale or width % scale or not height or not width:
-        raise ValueError(f"hq of {height}x{width} px is no multiple of scale={scale}; crop it to one first")
+        raise ValueError(f"hq of {height}x{width} px is not a multiple of scale={scale}; crop it to one first")
     return height // scale, width // scale
 
 

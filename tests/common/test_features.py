@@ -181,7 +181,7 @@ class TestForward:
     def test_other_shapes_than_batches_of_images_are_refused(self, folder: Path) -> None:
         features = DinoFeatures(str(folder))
         for shape in ((3, 42, 42), (1, 1, 42, 42)):
-            with pytest.raises(ValueError, match=r"\(B, 3, H, W\) is wanted"):
+            with pytest.raises(ValueError, match=r"pass \(B, 3, H, W\)"):
                 features(images(*shape))
 
 
@@ -200,7 +200,7 @@ class TestArguments:
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32
         )
         CLIPVisionModel(config).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="is a 'clip_vision_model' model; a 'dinov2' is wanted"):
+        with pytest.raises(ValueError, match="is a 'clip_vision_model' model; give a 'dinov2'"):
             DinoFeatures(str(tmp_path))
 
 

@@ -240,7 +240,7 @@ class TestFolder:
         assert "\n" not in str(caught.value)
 
     def test_what_is_neither_folder_nor_id_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"'\./nowhere' is no existing folder and no hub id"):
+        with pytest.raises(ValueError, match=r"'\./nowhere' is neither an existing folder nor a hub id"):
             load_vae("./nowhere")
 
     def test_tiny_is_the_embedded_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

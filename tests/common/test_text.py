@@ -162,7 +162,7 @@ class TestLearnedEmbedding:
         assert_close(embedding.embedding.grad, torch.full((3, 5), 4.0))
 
     def test_a_wrong_start_is_named(self) -> None:
-        with pytest.raises(ValueError, match=r"shape \(2, 5\), \(3, 5\) is wanted"):
+        with pytest.raises(ValueError, match=r"shape \(2, 5\); pass \(3, 5\)"):
             LearnedEmbedding(3, 5, init=torch.zeros(2, 5))
         with pytest.raises(ValueError, match="init='zeros'"):
             LearnedEmbedding(3, 5, init="zeros")

@@ -53,7 +53,7 @@ def test_a_name_that_no_manifest_can_hold_is_skipped(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(path)
     patches = Patches([path], tmp_path, 16, 16)
     assert patches.all_keys() == []
-    assert "xff.png' is no UTF-8 name" in patches.skipped[0]
+    assert "xff.png' is not a UTF-8 name" in patches.skipped[0]
 
 
 def test_a_batch_is_on_the_disk_before_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_batch_is_on_the_disk_before_the_next_begins(tmp_path: Path, monkeypat
 
 def test_a_journal_that_lost_its_first_line_is_not_believed(tmp_path: Path) -> None:
     Path(tmp_path / "j").write_text('{"isr caption": {"mod\n["a.png", null, null, null, "x"]\n')
-    with pytest.raises(ValueError, match="j does not say any more what it was begun with; delete it to begin anew"):
+    with pytest.raises(ValueError, match="j no longer holds the settings it was begun with; delete it to begin anew"):
         Journal(tmp_path / "j", {})
 
 

@@ -300,8 +300,8 @@ class TestSources:
         ("arguments", "message"),
         [
             ({"batch_size": 0}, "batch_size=0 is out of range; set batch_size >= 1"),
-            ({"crop_size": 18}, "crop_size=18 is no multiple of scale=4; set crop_size to 16"),
-            ({"eval_crop_size": 18}, "eval_crop_size=18 is no multiple of scale=4; set eval_crop_size to 16"),
+            ({"crop_size": 18}, "crop_size=18 is not a multiple of scale=4; set crop_size to 16"),
+            ({"eval_crop_size": 18}, "eval_crop_size=18 is not a multiple of scale=4; set eval_crop_size to 16"),
             ({"seed": -1}, "seed=-1 is out of range; set seed >= 0"),
             ({"on_error": "ignore"}, "on_error=ignore is unknown; set on_error to skip or raise"),
             ({"degradation": "blur"}, "blur.*osediff"),

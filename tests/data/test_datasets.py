@@ -226,7 +226,7 @@ class TestHQImages:
             HQImages(tmp_path / "m.csv", 4, 32)
 
     def test_errors_name_argument_value_and_fix(self, photos: Path) -> None:
-        with pytest.raises(ValueError, match="crop_size=30 is no multiple of scale=4; set crop_size to 28"):
+        with pytest.raises(ValueError, match="crop_size=30 is not a multiple of scale=4; set crop_size to 28"):
             HQImages(photos, 4, 30)
         with pytest.raises(ValueError, match="scale=0 is out of range; set scale >= 1"):
             HQImages(photos, 0, 32)
@@ -267,7 +267,7 @@ class TestPrompts:
         with pytest.raises(ValueError, match=r"has columns file, text; it needs name and prompt"):
             Prompts(tmp_path / "w.csv")
         (tmp_path / "d.csv").write_text("name,prompt\na.png,x\na.jpg,y\n")
-        with pytest.raises(ValueError, match=r"has two prompts for a; leave one"):
+        with pytest.raises(ValueError, match=r"has two prompts for a; keep one"):
             Prompts(tmp_path / "d.csv")
 
 
@@ -357,7 +357,7 @@ class TestPairs:
         with pytest.raises(ValueError, match=r"1 files do not pair up: missing .*hq/gone\.png"):
             Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
         (tmp_path / "pairs.csv").write_text("lq,hq\nb.png,a.png\nb.png,b.png\n")
-        with pytest.raises(ValueError, match=r"csv=.*pairs\.csv pairs .*lq/b\.png more than once; leave one"):
+        with pytest.raises(ValueError, match=r"csv=.*pairs\.csv pairs .*lq/b\.png more than once; keep one"):
             Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
 
     def test_wrong_size_names_file_and_both_sizes(self, tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ class TestLQImages:
         with pytest.raises(ValueError, match=r"source=.* holds references \(.*test_HR\).*; give .*set/test_LR"):
             LQImages(tmp_path)
         (tmp_path / "l.txt").write_text("set/test_LR/a.png\nset/test_LR/a.png\n")
-        with pytest.raises(ValueError, match=r"source=.*l\.txt lists .*a\.png more than once; leave one"):
+        with pytest.raises(ValueError, match=r"source=.*l\.txt lists .*a\.png more than once; keep one"):
             LQImages(tmp_path / "l.txt")
 
 

@@ -365,7 +365,7 @@ class TestLimits:
             with pytest.raises(ImageError, match=r"b\.png: 4x2 px are more than ISR_MAX_PIXELS=6; set it to 8 or more"):
                 read(tmp_path / "b.png")
         monkeypatch.setenv("ISR_MAX_PIXELS", "1e9")
-        with pytest.raises(ImageError, match="ISR_MAX_PIXELS=1e9 is no number of pixels; set a whole number"):
+        with pytest.raises(ImageError, match="ISR_MAX_PIXELS=1e9 is not a number of pixels; set a whole number"):
             image_size(tmp_path / "a.png")
 
     def test_the_free_memory_is_that_of_the_machine(self) -> None:

@@ -68,7 +68,7 @@ def test_another_encoding_is_named_with_file_and_line(tmp_path: Path, encoding: 
 
 def test_a_cell_beyond_any_measure_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image_path,prompt\na.png,x\nb.png," + "x" * 200_000 + "\n")
-    with pytest.raises(ValueError, match=r"train=.*t\.csv: line 3 is no csv \(field larger"):
+    with pytest.raises(ValueError, match=r"train=.*t\.csv: line 3 is not valid csv \(field larger"):
         list_entries(tmp_path / "t.csv", "train")
 
 

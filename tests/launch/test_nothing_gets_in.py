@@ -264,14 +264,14 @@ def test_no_image_s_name_leaves_the_output_folder(name: str, tmp_path: Path) -> 
 
     out = tmp_path / "out"
     sample = {"name": name, "lq": torch.zeros(3, 8, 8, dtype=torch.uint8), "prompt": ""}
-    with pytest.raises(ValueError, match="no name of a file inside"):
+    with pytest.raises(ValueError, match="not a name of a file inside"):
         Store(out).items(ImageSet("set", [sample], 4))
     model = DFOSD(pretrained="tiny", perceptual="none")
     model.results_dir = out
     batch = {"name": [name], "lq": torch.zeros(1, 3, 8, 8), "prompt": [""]}
-    with pytest.raises(ValueError, match="no name of a file inside"):
+    with pytest.raises(ValueError, match="not a name of a file inside"):
         model.predict_step(batch, 0)
-    with pytest.raises(ValueError, match="no name of a file inside"):
+    with pytest.raises(ValueError, match="not a name of a file inside"):
         model._target(out, name)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == []
 

@@ -102,5 +102,5 @@ def test_gram_is_of_plain_features() -> None:
 def test_a_method_without_a_restored_image_and_an_unknown_name_are_refused() -> None:
     with pytest.raises(ValueError, match="NF2T trains without a restored image; leave losses out"):
         NF2T(losses={"l1": 1.0})
-    with pytest.raises(ValueError, match="losses: dits is no image loss; use mse, l1, dwt, "):
+    with pytest.raises(ValueError, match="losses: dits is not an image loss; use mse, l1, dwt, "):
         DFOSD(losses={"dits": 1.0})

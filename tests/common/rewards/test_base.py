@@ -178,5 +178,5 @@ class TestBuildReward:
         assert build_reward("pyiqa:musiq", differentiable=True).differentiable
 
     def test_lists_the_names_when_it_knows_none(self) -> None:
-        with pytest.raises(ValueError, match=r"name='clip' is no reward; use one of clipiqa, imagereward, laion, sh"):
+        with pytest.raises(ValueError, match=r"name='clip' is not a reward; use one of clipiqa, imagereward, laion"):
             build_reward("clip")

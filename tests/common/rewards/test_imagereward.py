@@ -190,7 +190,7 @@ class TestReleasedFile:
         ):
             changed = {key: value for key, value in {**state, **change}.items() if value is not None}
             torch.save(changed, tmp_path / f"{name}.pt")
-            with pytest.raises(ValueError, match=r"is no ImageReward; pass its ImageReward.pt: .*(7.bias|itm_head)"):
+            with pytest.raises(ValueError, match=r"is not an ImageReward; pass its ImageReward.pt.*(7.bias|itm_head)"):
                 ImageReward(str(tmp_path / f"{name}.pt"))
 
 
@@ -318,7 +318,7 @@ class TestPrompts:
         assert "\n" not in str(caught.value)
         with pytest.raises(WeightsNotFoundError, match=r"holds none of tokenizer\.json, vocab\.txt"):
             ImageReward("random", str(tmp_path), SMALL).load()
-        with pytest.raises(WeightsNotFoundError, match="is no existing folder and no hub id"):
+        with pytest.raises(WeightsNotFoundError, match="is neither an existing folder nor a hub id"):
             ImageReward("random", "bert", SMALL).load()
 
 
@@ -333,7 +333,7 @@ class TestWeights:
         ) as caught:
             ImageReward()
         assert "\n" not in str(caught.value)
-        with pytest.raises(WeightsNotFoundError, match=r"weights='no/such\.pt' is no existing file"):
+        with pytest.raises(WeightsNotFoundError, match=r"weights='no/such\.pt' is neither an existing file"):
             ImageReward("no/such.pt")
 
     def test_in_the_cache_are_found_without_network(

@@ -112,7 +112,7 @@ class TestValues:
 
     def test_weights_come_from_where_they_are_said_to(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("neg_lpips", "neg_dists"):
-            with pytest.raises(FileNotFoundError, match=r"weights='nowhere\.pth' is no existing"):
+            with pytest.raises(FileNotFoundError, match=r"weights='nowhere\.pth' is not an existing"):
                 build_reward(name, weights="nowhere.pth")
             asked: list[str] = []
 

@@ -437,7 +437,7 @@ class TestRefusals:
     ) -> None:
         (tmp_path / "c.csv.part").write_text("half a download")
         assert caption(photos, tmp_path / "c.csv") == 1
-        assert "c.csv.part is no journal of isr caption; delete it" in capsys.readouterr().err
+        assert "c.csv.part is not a journal of isr caption; delete it" in capsys.readouterr().err
         assert (tmp_path / "c.csv.part").read_text() == "half a download"
 
     @pytest.mark.parametrize(

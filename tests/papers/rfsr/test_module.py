@@ -468,7 +468,7 @@ class TestPrompts:
 class TestRewardArguments:
     def test_they_reach_the_rewards_class(self, make: Make) -> None:
         arguments = {"imagereward": {"weights": "elsewhere/ImageReward.pt"}}
-        with pytest.raises(WeightsNotFoundError, match=r"weights='elsewhere/ImageReward\.pt' is no existing file"):
+        with pytest.raises(WeightsNotFoundError, match=r"weights='elsewhere/ImageReward\.pt' is neither an existing"):
             make(rewards={"imagereward": 1.0}, reward_args=arguments)
 
     def test_a_metric_of_pyiqa_becomes_a_reward_to_train_on(self, make: Make) -> None:
