@@ -83,7 +83,7 @@ def compare(
         images: Name of a run -> folder in which `isr test` left its results, `<folder>/<test set>/<image>.png`; they
             are taken, and the run's model serves the efficiency alone.
         figures: Plots that the methods left.
-        notes: What a reader must know to judge the numbers.
+        notes: Facts that a reader needs to judge the numbers.
         sources: Where the methods come from.
         title: Heading.
         fid: Compute FID too.

@@ -64,7 +64,7 @@ def restore(work: Work, costs: bool, device: torch.device, bars: Progress) -> No
         if costs:
             try:
                 work.costs.append(efficiency.measure(method, work.items[0], device))
-            except Exception as error:  # likewise
+            except Exception as error:  # any failure of its costs is noted
                 work.costs.append(efficiency.Cost(method.name))
                 work.notes.append(f"The efficiency of {method.name} is not known: {one_line(error)}")
         method.close()
