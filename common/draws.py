@@ -8,8 +8,11 @@ what one process with the whole batch draws.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,3 +55,21 @@ class Draws:
 
     def _stack(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         return torch.stack([draw(generator(self.seed, stream, index)) for index in self.index]).to(self.device)
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Run under seed 0 and put Python's, numpy's and torch's random states (CPU, `device`) back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -11,11 +11,8 @@ pyiqa's "psnr" and "ssim" created with `test_y_channel=True, color_space="ycbcr"
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.files import safe_loading
+from common.draws import own_random_state
+from common.pyiqa import PYIQA, load_pyiqa
+from common.rewards import build_reward
 
 Image = NDArray[np.uint8]
 """An RGB image, (H, W, 3), uint8."""
@@ -39,11 +38,6 @@ PSNR_EPS = 1e-8
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _SSIM_STRIP = 64  # rows at a time: what fits in the cache takes half the time
-_PYIQA = "pyiqa:"
-
-
-class MetricUnavailableError(RuntimeError):
-    """A metric is not available here; the message is the reason, on one line, for "not computed: <reason>"."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +148,11 @@ def build_metric(metric_id: str, crop: int = 0, device: str | torch.device = "cp
     """
     if crop < 0:
         raise ValueError(f"crop is {crop}; pass the pixels to cut from each border, 0 or more")
-    if metric_id.startswith(_PYIQA):
-        return pyiqa_metric(metric_id.removeprefix(_PYIQA), crop, device)
+    if metric_id.startswith(PYIQA):
+        return pyiqa_metric(metric_id.removeprefix(PYIQA), crop, device)
     if metric_id not in _NATIVE:
         known = ", ".join(_NATIVE)
-        raise ValueError(f"metric {metric_id!r} is unknown; use one of {known}, or {_PYIQA}<name> for one of pyiqa's")
+        raise ValueError(f"metric {metric_id!r} is unknown; use one of {known}, or {PYIQA}<name> for one of pyiqa's")
     metric, space, rounding, needs_hq, function = _NATIVE[metric_id]
     return MetricProtocol(metric_id, metric, space, crop, rounding, "native", False, needs_hq, function)
 
@@ -182,29 +176,10 @@ def pyiqa_metric(name: str, crop: int = 0, device: str | torch.device = "cpu") -
         MetricUnavailableError: pyiqa is not installed, or the metric's imports or weights are not available.
     """
     device = torch.device(device)
-    with own_random_state(device):
-        try:
-            import pyiqa  # takes 5 s and is an extra
-            from pyiqa.default_model_configs import DEFAULT_CONFIGS
-        except ImportError as error:
-            raise MetricUnavailableError(
-                f"{_PYIQA}{name}: pyiqa cannot be imported ({_first_line(error)}); pip install 'isr-papers[metrics]'"
-            ) from error
-        if name not in DEFAULT_CONFIGS:
-            close = ", ".join(difflib.get_close_matches(name, DEFAULT_CONFIGS, n=5)) or "no name close to it"
-            raise ValueError(f"pyiqa has no metric {name!r}; it has {close}; pyiqa.list_models() lists all")
-        if "fid" in name or name == "inception_score":
-            raise ValueError(f"pyiqa's {name} judges a folder, not an image; it cannot be a per-image metric")
-        try:
-            with safe_loading():
-                model = pyiqa.create_metric(name, device=device)
-        except Exception as error:  # a download fails in as many ways as pyiqa has loaders
-            raise MetricUnavailableError(f"{_PYIQA}{name}: {_first_line(error)}") from error
-    model.eval()
-    options = {key: value for key, value in DEFAULT_CONFIGS[name]["metric_opts"].items() if key != "type"}
-    listed = ", ".join(f"{key}={value}" for key, value in options.items())
+    model, settings = load_pyiqa(name, device)
+    listed = ", ".join(f"{key}={value}" for key, value in settings.items())
     return MetricProtocol(
-        id=_PYIQA + name,
+        id=PYIQA + name,
         metric=f"{name} ({listed})" if listed else name,
         space="RGB in [0, 1]",
         crop=crop,
@@ -220,29 +195,6 @@ def _run_pyiqa(model: Callable[..., Tensor], device: torch.device, sr: Image, hq
     images = [torch.from_numpy(x).permute(2, 0, 1)[None].to(device).float() / 255 for x in (sr, hq) if x is not None]
     with own_random_state(device), torch.no_grad():
         return float(model(*images))
-
-
-@contextmanager
-def own_random_state(device: torch.device) -> Iterator[None]:
-    """Run under seed 0 and put Python's, numpy's and torch's random states (CPU, `device`) back afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _luma(image: Image) -> NDArray[np.float64]:
@@ -313,8 +265,6 @@ def _window_mean(plane: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _reward(name: str, sr: Image, hq: Image | None) -> float:
-    from common.rewards import build_reward  # which imports this file
-
     x_01 = torch.from_numpy(sr).permute(2, 0, 1)[None].double() / 255
     return float(build_reward(name)(x_01, [""]))
 

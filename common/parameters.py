@@ -1,5 +1,6 @@
 """Count parameters: each once however often it is shared, adapters apart from their base."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -56,3 +57,29 @@ def count_split(module: nn.Module) -> Split:
     lora = sum(parameter.numel() for name, parameter in named.items() if is_lora(name))
     total = sum(parameter.numel() for parameter in named.values())
     return Split(total - lora, lora, sum(p.numel() for p in named.values() if p.requires_grad))
+
+
+def rows_of(networks: Mapping[str, nn.Module], trained: Iterable[nn.Parameter], averaged: bool) -> list[Row]:
+    """Rows of a method's networks: for each its own weights and its adapters, each parameter once.
+
+    Args:
+        networks: The networks by name; a parameter that several share counts for the first.
+        trained: The trained parameters.
+        averaged: Add a row for the average of what is trained.
+    """
+    trained_ids = {id(parameter) for parameter in trained}
+    seen: set[int] = set()
+    rows = []
+    for network, module in networks.items():
+        named = {name: p for name, p in module.named_parameters() if id(p) not in seen}
+        seen.update(map(id, named.values()))
+        for lora in (False, True):
+            part = [p for name, p in named.items() if is_lora(name) is lora]
+            learnt = sum(p.numel() for p in part if id(p) in trained_ids)
+            if part and lora:
+                rows.append(Row(f"{network} LoRA", "adapter", sum(p.numel() for p in part), learnt))
+            elif part:
+                rows.append(Row(network, "module" if learnt else "base", sum(p.numel() for p in part), learnt))
+    if averaged:
+        rows.append(Row("EMA of what is trained", "copy", sum(row.trainable for row in rows), 0))
+    return rows

@@ -7,13 +7,8 @@ so that a comparison is fair by construction.
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import logging
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -22,19 +17,18 @@ import torch
 from torch import Tensor
 
 from common.color import color_fix
-from common.errors import one_line
-from common.files import csv_text, inside, replacing
-from common.images import bicubic_upsample, write_png
-from common.large import upscale_large, write_tiff_rows
+from common.evaluation import Score, Scores, means, refuse_without_numbers, side_by_side, write_scores
+from common.files import inside
+from common.images import bicubic_upsample
 from common.losses import IMAGE_LOSSES
 from common.losses.added import AddedLosses
 from common.made import refuse_alike, refuse_foreign
-from common.metrics import Image, MetricProtocol, MetricUnavailableError, build_metric, to_uint8
 from common.parameters import Row, count
 from common.precision import FrozenDtype, TestPrecision, in_test_precision
 from common.pretrained import is_architecture_only
 from common.tiling import pad_to_multiple, tiled
 from common.training import Batch, TrainingModule
+from common.upscaler import upscale_to_file, write_images
 
 log = logging.getLogger(__name__)
 
@@ -74,18 +68,6 @@ class Upscaled(NamedTuple):
 
     sr: Tensor
     raw: Tensor
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number about one image, with the protocol it was measured by."""
-
-    method: str
-    dataset: str
-    image: str
-    metric: str
-    value: float | None
-    protocol: str
 
 
 class RestorationModule(TrainingModule):
@@ -136,10 +118,8 @@ class RestorationModule(TrainingModule):
             )
         self.results_file: Path | None = None  # file of the only predicted image, instead of `results_dir`
         self.skip_existing, self.skipped = False, 0  # predicted images whose file is there
-        self._scores: list[Score] = []
-        self._said: set[str] = set()  # why images have no number
+        self.scores = Scores()
         self._previews: dict[str, list[Tensor]] = defaultdict(list)
-        self._metrics: dict[str, MetricProtocol | str] = {}
 
     def _check_losses(self) -> None:
         if self.loss_weights and not self.takes_losses:
@@ -195,10 +175,6 @@ class RestorationModule(TrainingModule):
         """Restore tiles: (B,3,h,w) in [0,1] to (B,3,scale*h,scale*w) near [0,1], not clamped, without colour fix."""
         raise NotImplementedError(f"{type(self).__name__} has no restore(x_lq, conditions); write it (CONTRIBUTING.md)")
 
-    def color_reference(self, x_lq: Tensor) -> Tensor:
-        """The image whose colours the output takes, (B,3,scale*h,scale*w) in [0,1]."""
-        return bicubic_upsample(x_lq, self.scale)
-
     # Inference
 
     def output_folder(self, stage: str) -> Path:
@@ -218,12 +194,12 @@ class RestorationModule(TrainingModule):
         if stage != "predict" or self.results_file is None:
             super().check_output(stage)
             return
-        names = self.names_to_predict()
+        names = self.data_info.names_to_predict()
         if len(names) != 1:
             raise ValueError(
                 f"output={self.results_file} is one file, and predict has {len(names)} images; give a folder"
             )
-        self._check_apart(stage, self.results_file, within=True)
+        self.data_info.check_apart(stage, self.results_file, within=True)
         self.check_predicted(self.output_folder(stage))
 
     def check_predicted(self, folder: Path) -> None:
@@ -235,7 +211,7 @@ class RestorationModule(TrainingModule):
 
     def predicted_files(self, folder: Path) -> list[Path]:
         """One file an image."""
-        return [self._target(folder, name) for name in self.names_to_predict()]
+        return [self._target(folder, name) for name in self.data_info.names_to_predict()]
 
     def _target(self, folder: Path, name: str) -> Path:
         """The file that an image is predicted to."""
@@ -272,7 +248,7 @@ class RestorationModule(TrainingModule):
 
     def fix_colors(self, raw: Tensor, x_lq: Tensor) -> Tensor:
         """Output images (B,3,scale*h,scale*w): restorations after `inference.color_fix`, clamped to [0,1]."""
-        return color_fix(self.inference.color_fix, raw, self.color_reference(x_lq)).clamp(0, 1)
+        return color_fix(self.inference.color_fix, raw, bicubic_upsample(x_lq, self.scale)).clamp(0, 1)
 
     def _check_tile(self) -> None:
         tile, multiple = self.inference.tile, self.scale * self.size_multiple
@@ -290,34 +266,21 @@ class RestorationModule(TrainingModule):
     def on_validation_start(self) -> None:
         """Refuse a validation, as a command, of which no metric can be computed."""
         if self._trainer is not None and self.trainer.state.fn == "validate":
-            self._refuse_without_metrics()
+            self.scores.check(self.inference.metrics, self.device)
         super().on_validation_start()
 
     def on_test_start(self) -> None:
         """Refuse a test of which no metric can be computed."""
         if self._trainer is not None:
-            self._refuse_without_metrics()
+            self.scores.check(self.inference.metrics, self.device)
         super().on_test_start()
-
-    def _refuse_without_metrics(self) -> None:
-        """Check before the work that a metric can be made.
-
-        Raises:
-            MetricUnavailableError: None of the configured metrics can be made.
-        """
-        reasons = [reason for reason in map(self._metric, self.inference.metrics) if isinstance(reason, str)]
-        if reasons and len(reasons) == len(self.inference.metrics):
-            raise MetricUnavailableError(f"{self._none_computed()}: {'; '.join(reasons)}")
-
-    def _none_computed(self) -> str:
-        return f"model.inference.metrics={self.inference.metrics}: none of them can be computed"
 
     @in_test_precision
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score and preview a batch."""
         dataset = self._dataset_name("val", dataloader_idx)
         sr, _ = self.upscale(batch["lq"], batch["prompt"])
-        self._score(self.run_name, dataset, batch, sr)
+        self.scores.add(self.inference.metrics, self.run_name, dataset, batch, sr)
         if len(self._previews.get(dataset, ())) < self.inference.preview:
             self._previews[dataset].append(side_by_side(batch, sr, self.scale).cpu())
 
@@ -327,11 +290,11 @@ class RestorationModule(TrainingModule):
         dataset = self._dataset_name("test", dataloader_idx)
         conditions = self.prepare(batch["lq"], batch["prompt"])
         sr, raw = self.upscale(batch["lq"], batch["prompt"], conditions)
-        self._score(self.run_name, dataset, batch, sr)
+        self.scores.add(self.inference.metrics, self.run_name, dataset, batch, sr)
         if self.inference.color_fix != "none":
-            self._score(f"{self.run_name} (raw)", dataset, batch, raw)
+            self.scores.add(self.inference.metrics, f"{self.run_name} (raw)", dataset, batch, raw)
         folder = inside(self._results() / "test", dataset)
-        self._write([inside(folder, f"{name}.png") for name in batch["name"]], sr)
+        write_images([inside(folder, f"{name}.png") for name in batch["name"]], sr)
         self.tested(batch, conditions, sr, batch_idx, dataloader_idx)
         return sr
 
@@ -348,10 +311,11 @@ class RestorationModule(TrainingModule):
             return
         refuse_foreign(targets)
         if not self.is_large(batch["lq"]):
-            self._write(targets, self.upscale(batch["lq"], batch["prompt"]).sr)
+            write_images(targets, self.upscale(batch["lq"], batch["prompt"]).sr)
             return
+        self._check_tile()
         for x_lq, prompt, target in zip(batch["lq"].split(1), batch["prompt"], targets, strict=True):
-            self._upscale_to(target, x_lq, prompt)
+            upscale_to_file(self, target, x_lq, prompt)
 
     def on_predict_epoch_end(self) -> None:
         """Log the number of skipped images, then take the averages out."""
@@ -369,81 +333,6 @@ class RestorationModule(TrainingModule):
             and self.scale**2 * height * width > inference.large * 1e6
         )
 
-    def _upscale_to(self, target: Path, x_lq: Tensor, prompt: str) -> None:
-        """`upscale` of one image (1,3,h,w) into a file, in bounded memory."""
-        inference, scale = self.inference, self.scale
-        self._check_tile()
-        conditions = self.prepare(x_lq, [prompt])
-        with self._tile_bar(target.name) as progress:
-            upscale_large(
-                lambda tile: self.restore(tile, conditions),
-                x_lq,
-                target,
-                scale=scale,
-                tile=(inference.tile or 0) // scale,
-                overlap=inference.overlap // scale,
-                blend=inference.blend,
-                color_fix=inference.color_fix,
-                size_multiple=self.size_multiple,
-                key=self._making(conditions),
-                progress=progress,
-            )
-
-    def _making(self, conditions: Any) -> str:
-        """Digest of what determines a tile's pixels, except its input: settings, trained weights, conditions."""
-        settings = {key: value for key, value in self.hparams.items() if key != "inference"}
-        stages = {argument: stage.digest for argument, stage in self.stages.items()}
-        digest = hashlib.blake2b(
-            f"{type(self).__name__} {self.trainer.precision} {self.test_precision} {settings} {stages}".encode()
-        )
-        tensors = [*self.all_trainable().values(), *_tensors(conditions)]
-        for tensor in tensors:
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-        return digest.hexdigest()[:32]
-
-    @contextmanager
-    def _tile_bar(self, name: str) -> Iterator[Callable[[int, int], None] | None]:
-        """A line of one image's tiles in the progress bar, where Lightning shows its rich one."""
-        bar: Any = getattr(self.trainer.progress_bar_callback, "progress", None)
-        if bar is None:
-            yield None
-            return
-        task = bar.add_task(name)
-        try:
-            yield lambda done, in_all: bar.update(task, completed=done, total=in_all, refresh=True)
-        finally:
-            bar.remove_task(task)
-
-    @staticmethod
-    def _write(paths: list[Path], x_01: Tensor) -> None:
-        for path, image in zip(paths, to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            if path.suffix.lower() == ".png":
-                write_png(path, image)
-            else:
-                write_tiff_rows(path, [image], *image.shape[:2])
-
-    def _score(self, method: str, dataset: str, batch: Batch, sr: Tensor) -> None:
-        for i, name in enumerate(batch["name"]):
-            sr_u8 = to_uint8(sr[i]).permute(1, 2, 0).cpu().numpy()
-            hq_u8 = to_uint8(batch["hq"][i]).permute(1, 2, 0).cpu().numpy() if "hq" in batch else None
-            for metric_id in self.inference.metrics:
-                metric = self._metric(metric_id)
-                if isinstance(metric, str):
-                    self._scores.append(Score(method, dataset, name, metric_id, None, f"{_NOT_COMPUTED}{metric}"))
-                elif hq_u8 is not None or not metric.needs_hq:
-                    value, protocol = measured(metric, sr_u8, hq_u8)
-                    self._scores.append(Score(method, dataset, name, metric_id, value, protocol))
-
-    def _metric(self, metric_id: str) -> MetricProtocol | str:
-        """The metric, or the reason why it is not available; computed once."""
-        if metric_id not in self._metrics:
-            try:
-                self._metrics[metric_id] = build_metric(metric_id, device=self.device)
-            except MetricUnavailableError as error:
-                log.warning("metric %s is not computed: %s", metric_id, error)
-                self._metrics[metric_id] = str(error)
-        return self._metrics[metric_id]
-
     def keep_scores(self, path: Path) -> int:
         """Write this process's scores of a test that stopped early.
 
@@ -453,42 +342,19 @@ class RestorationModule(TrainingModule):
         Returns:
             The number of images with a score.
         """
-        if self._scores:
-            write_scores(path, self._scores)
-        return len({(score.dataset, score.image) for score in self._scores})
+        if self.scores.rows:
+            write_scores(path, self.scores.rows)
+        return len({(score.dataset, score.image) for score in self.scores.rows})
 
-    def _gathered_scores(self) -> list[Score]:
-        """All processes' scores, an image that two of them saw only once, in a fixed order."""
-        scores, self._scores = self._scores, []
-        unique = {(s.method, s.dataset, s.image, s.metric): s for s in self.gathered(scores)}
-        return sorted(unique.values(), key=lambda s: (s.dataset, s.method, s.metric, s.image))
-
-    def _log_means(self, stage: str, scores: list[Score]) -> None:
-        """Log each metric's mean over the images that have a number, and name the reasons of those that have none."""
+    def _log_means(self, stage: str) -> list[Score]:
+        """Log each metric's mean over the images of all processes that have a number, and return their scores."""
+        scores = self.scores.take(self.gathered)
         if self.trainer.is_global_zero:
-            for line in lacking(scores):
-                if line not in self._said:
-                    log.warning("%s: %s", stage, line)
-                self._said.add(line)
-        values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-        for score in scores:
-            if score.value is not None:
-                values[score.method, score.dataset, score.metric].append(score.value)
-        for (method, dataset, metric), numbers in values.items():
+            self.scores.warn(stage, scores)
+        for (method, dataset, metric), mean in means(scores).items():
             suffix = "_raw" if method.endswith("(raw)") else ""
-            mean = sum(numbers) / len(numbers)
             self.log(f"{stage}/{dataset}/{metric}{suffix}", mean, rank_zero_only=True, prog_bar=not suffix)
-
-    def _refuse_without_numbers(self, scores: list[Score]) -> None:
-        """Fail, after all is written, where no image has a number.
-
-        Raises:
-            MetricUnavailableError: No metric has a number of any image.
-        """
-        if not scores and self.inference.metrics:
-            log.warning("%s: they compare with references, and no set has any", self._none_computed())
-        elif scores and all(score.value is None for score in scores):
-            raise MetricUnavailableError(f"{self._none_computed()}: {'; '.join(lacking(scores))}")
+        return scores
 
     def on_validation_epoch_end(self) -> None:
         """Log means and previews.
@@ -496,8 +362,7 @@ class RestorationModule(TrainingModule):
         Raises:
             MetricUnavailableError: Validation is the command, and no image has a number.
         """
-        scores = self._gathered_scores()
-        self._log_means("val", scores)
+        scores = self._log_means("val")
         for dataset, rows in self._previews.items():
             width = min(row.shape[-1] for row in rows)
             grid = torch.cat([row[..., :width] for row in rows], dim=-2)
@@ -505,7 +370,7 @@ class RestorationModule(TrainingModule):
         self._previews.clear()
         super().on_validation_epoch_end()
         if self.trainer.state.fn == "validate":
-            self._refuse_without_numbers(scores)
+            refuse_without_numbers(self.inference.metrics, scores)
 
     def on_test_epoch_end(self) -> None:
         """Log means and write every image's scores to metrics.csv.
@@ -513,70 +378,9 @@ class RestorationModule(TrainingModule):
         Raises:
             MetricUnavailableError: No image has a number.
         """
-        scores = self._gathered_scores()
-        self._log_means("test", scores)
+        scores = self._log_means("test")
         path = self._results() / "test" / "metrics.csv"  # all processes read it: trainer.log_dir is a broadcast
         if self.trainer.is_global_zero and scores:
             write_scores(path, scores)
         super().on_test_epoch_end()
-        self._refuse_without_numbers(scores)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """All tensors of what `prepare` gave: nothing, one, or (named) tuples of them."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, tuple) else []
-
-
-def side_by_side(batch: Batch, sr: Tensor, scale: int) -> Tensor:
-    """LQ (pixels repeated) | bicubic | SR | HQ of a batch's first image, (3, s*h, n*s*w), [0,1]."""
-    lq = batch["lq"][:1]
-    nearest = lq.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    images = [nearest, bicubic_upsample(lq, scale), sr[:1], *([batch["hq"][:1]] if "hq" in batch else [])]
-    return torch.cat([image[0].float() for image in images], dim=-1)
-
-
-def measured(metric: MetricProtocol, sr: Image, hq: Image | None) -> tuple[float | None, str]:
-    """A metric of one image.
-
-    Args:
-        metric: The metric.
-        sr: The image, (H, W, 3) uint8.
-        hq: Its reference, or None.
-
-    Returns:
-        The value and the protocol; where the metric fails on this image, None and `not computed: <reason>`.
-    """
-    try:
-        value = metric(sr, hq)
-        if not math.isfinite(value):
-            raise ValueError(f"its value is {value}")
-    except (ValueError, RuntimeError) as error:
-        return None, _NOT_COMPUTED + one_line(error)
-    return value, metric.describe()
-
-
-def lacking(scores: list[Score]) -> list[str]:
-    """Why images have no number: `ssim_y of Set5, NAME: not computed (1), REASON`, a line for each reason."""
-    found = Counter(
-        (s.metric, s.dataset, s.method, s.protocol.removeprefix(_NOT_COMPUTED)) for s in scores if s.value is None
-    )
-    return [
-        f"{metric} of {dataset}, {method}: not computed ({count}), {reason}"
-        for (metric, dataset, method, reason), count in found.items()
-    ]
-
-
-_NOT_COMPUTED = "not computed: "
-
-
-def write_scores(path: Path, scores: list[Score]) -> None:
-    """Write scores in long form: method, dataset, image, metric, value, protocol."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "dataset", "image", "metric", "value", "protocol"])
-        for s in scores:
-            value = "" if s.value is None else f"{s.value:.6f}"
-            names = map(csv_text, (s.method, s.dataset, s.image, s.metric))
-            writer.writerow([*names, value, csv_text(s.protocol)])
+        refuse_without_numbers(self.inference.metrics, scores)

@@ -33,6 +33,7 @@ from common.checkpoints import (
     without,
 )
 from common.conditioning.text import encode_prompts
+from common.datainfo import DataInfo
 from common.draws import Draws
 from common.ema import EMA
 from common.guard import Guard, save_batch
@@ -40,16 +41,15 @@ from common.images import write_png
 from common.loggers import file_name, show
 from common.made import begin, refuse_alike, refuse_foreign
 from common.metrics import to_uint8
-from common.parameters import Row, is_lora
+from common.parameters import Row, rows_of
 from common.precision import FrozenDtype, TestPrecision
 from common.pretrained import is_architecture_only
+from common.schedules import check_schedules
 from common.stages import Stage, recorded
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_LENGTHS = {torch.optim.lr_scheduler.OneCycleLR: "total_steps", torch.optim.lr_scheduler.CosineAnnealingLR: "T_max"}
-"""Schedules with a length: beyond it the first fails, and the other's rate goes up again."""
 Batch = dict[str, Any]
 """`lq` (B,3,h,w) and `hq` (B,3,s*h,s*w), uint8 or float in [0,1]; `prompt`, `name`: list[str]; `index`: (B,) int64."""
 
@@ -152,22 +152,7 @@ class TrainingModule(LightningModule):
 
         Override to add networks that are not part of the method, such as text encoders (kind `text`).
         """
-        trained = {id(parameter) for parameter in self.all_trainable().values()}
-        seen: set[int] = set()
-        rows = []
-        for network, module in self.networks().items():
-            named = {name: p for name, p in module.named_parameters() if id(p) not in seen}
-            seen.update(map(id, named.values()))
-            for lora in (False, True):
-                part = [p for name, p in named.items() if is_lora(name) is lora]
-                learnt = sum(p.numel() for p in part if id(p) in trained)
-                if part and lora:
-                    rows.append(Row(f"{network} LoRA", "adapter", sum(p.numel() for p in part), learnt))
-                elif part:
-                    rows.append(Row(network, "module" if learnt else "base", sum(p.numel() for p in part), learnt))
-        if self.ema is not None:
-            rows.append(Row("EMA of what is trained", "copy", sum(row.trainable for row in rows), 0))
-        return rows
+        return rows_of(self.networks(), self.all_trainable().values(), self.ema is not None)
 
     def parameter_sums(self) -> dict[str, int]:
         """Sums of rows that the paper publishes, by name; default: none."""
@@ -315,7 +300,7 @@ class TrainingModule(LightningModule):
         if stage == "fit":
             self.check_prompts(wanted)
         split = {"fit": "val", "validate": "val"}.get(stage, stage)
-        if getattr(self, "captioner", None) is None and not self._has_prompts(split):
+        if getattr(self, "captioner", None) is None and not self.data_info.has_prompts(split):
             log.warning(
                 "%s: the %s images have no prompts, so each gets the empty text; give data.prompts", wanted, split
             )
@@ -329,16 +314,16 @@ class TrainingModule(LightningModule):
         Raises:
             ValueError: No training image has a prompt.
         """
-        if not self._has_prompts("train"):
+        if not self.data_info.has_prompts("train"):
             raise ValueError(
                 f"{wanted} reads the prompts of the training images, and none has one; give data.prompts (isr caption "
                 f"writes them){self.without_prompts}"
             )
 
-    def _has_prompts(self, split: str) -> bool:
-        """False where the data module knows that no image of a split has a prompt."""
-        known = getattr(getattr(self.trainer, "datamodule", None), "has_prompts", None)
-        return known is None or bool(known(split))
+    @property
+    def data_info(self) -> DataInfo:
+        """Facts that the run's data module knows."""
+        return DataInfo(getattr(self.trainer, "datamodule", None))
 
     @property
     def update_step(self) -> int:
@@ -453,31 +438,7 @@ class TrainingModule(LightningModule):
     def on_train_start(self) -> None:
         """Read where the run stands, once, and compare the schedules with the run's length."""
         self._steps = int(self.train_step)
-        self._check_schedules()
-
-    def _check_schedules(self) -> None:
-        """Refuse a schedule that would stop the run, and warn of one of another length than the run's.
-
-        It runs after a checkpoint has been restored, which brings its schedule's length.
-
-        Raises:
-            ValueError: The run goes on after the end of a `OneCycleLR`, which fails there.
-        """
-        updates = self.trainer.max_steps
-        for config in self.trainer.lr_scheduler_configs:
-            scheduler: Any = config.scheduler
-            name = next((name for kind, name in _LENGTHS.items() if isinstance(scheduler, kind)), None)
-            length = getattr(scheduler, name) if name is not None else updates
-            if updates < 0 or length == updates:
-                continue
-            found = f"trainer.max_steps={updates} and {name}={length} of {type(scheduler).__name__}"
-            remedy = "set both alike (a resumed run brings its schedule; --init_from begins a new one)"
-            if length > updates:
-                log.warning("%s: the learning rate does not come to its end; %s", found, remedy)
-            elif isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
-                raise ValueError(f"{found}: the schedule ends before the run; {remedy}")
-            else:
-                log.warning("%s: the learning rate rises again after step %d; %s", found, length, remedy)
+        check_schedules(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the step before it runs, so that a checkpoint made after it agrees."""
@@ -536,11 +497,6 @@ class TrainingModule(LightningModule):
         save_batch(dict(self._batches)[step], path)
         return path
 
-    def _check_apart(self, stage: str, folder: Path, within: bool) -> None:
-        check_apart = getattr(getattr(self.trainer, "datamodule", None), "check_apart", None)
-        if check_apart is not None:
-            check_apart(stage, folder, within)
-
     # Images come as uint8 and become float on the device
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -589,7 +545,7 @@ class TrainingModule(LightningModule):
         """
         folder, in_run = self.output_folder(stage), self.results_dir is None
         if not in_run or self.trainer.loggers:
-            self._check_apart(stage, folder, within=stage in ("fit", "validate"))
+            self.data_info.check_apart(stage, folder, within=stage in ("fit", "validate"))
             if stage in ("test", "predict"):
                 begin(folder, adopt=in_run and self.trainer.log_dir is not None)  # older runs have no record
         if stage == "predict":
@@ -613,13 +569,8 @@ class TrainingModule(LightningModule):
         """The files that a prediction will write into a folder, as far as the data knows them; default: none."""
         return []
 
-    def names_to_predict(self) -> list[str]:
-        """Names of the images to predict; none where the data module does not know them."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "names_to_predict", None)
-        return [] if names is None else names()
-
     def _dataset_name(self, stage: str, dataloader_idx: int) -> str:
-        names = getattr(getattr(self.trainer, "datamodule", None), "dataset_names", {}).get(stage, [])
+        names = self.data_info.dataset_names(stage)
         return str(names[dataloader_idx]) if dataloader_idx < len(names) else f"{stage}{dataloader_idx}"
 
     def gathered(self, mine: list[T]) -> list[T]:

@@ -2,7 +2,8 @@
 
 `python -m launch.front_page` rewrites the table in README.md. A paper appears by being a package under `papers/`: its
 line is the first line of the package's docstring, the other columns list its configurations.
-`python -m launch.front_page COMPARISON IMAGE` draws docs/images/methods.jpg from one image of a comparison's folder.
+`python -m launch.front_page COMPARISON IMAGE` draws docs/images/methods.jpg from one image of a comparison's folder,
+and one picture for each card.
 """
 
 from __future__ import annotations
@@ -75,8 +76,12 @@ def picture(files: Mapping[str, Path]) -> Image.Image:
 
 if __name__ == "__main__":
     if arguments := sys.argv[1:]:
-        drawn = picture(images_of(Path(arguments[0]), arguments[1]))
-        drawn.save(ROOT / "docs" / "images" / "methods.jpg", quality=90)
+        files = images_of(Path(arguments[0]), arguments[1])
+        drawn = {"methods": files}
+        for method in files.keys() - {"LQ", "bicubic", "HQ"}:
+            drawn[method] = {title: files[title] for title in ("LQ", "bicubic", method, "HQ")}
+        for name, images in drawn.items():
+            picture(images).save(ROOT / "docs" / "images" / f"{name}.jpg", quality=90)
     else:
         page = ROOT / "README.md"
         page.write_text(rewritten(page.read_text()))

@@ -55,7 +55,7 @@ def fits() -> list[Fit]:
         words = call.values[0]
         configs = tuple(after for word, after in itertools.pairwise(words) if word == "-c")
         models = tuple(c for c in configs if c.startswith("papers/") and "/ablations/" not in c and "/demo/" not in c)
-        if words[1] == "fit" and models:
+        if words[1] == "fit" and models and PHOTOS.keys() & {Path(word).stem for word in words}:
             found.setdefault(models, Fit(words[1:], configs))
     return list(found.values())
 

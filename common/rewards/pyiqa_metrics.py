@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.metrics import own_random_state, pyiqa_metric
+from common.draws import own_random_state
+from common.pyiqa import load_pyiqa
 from common.rewards.base import Reward
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,11 @@ class PyiqaReward(Reward):
         if self._loaded is not None and self._loaded[1] == device:
             return
         with torch.inference_mode(False):  # a test may load it before a fit uses it
-            protocol = pyiqa_metric(self.metric, device=device)
-        if protocol.needs_hq:
+            model, _ = load_pyiqa(self.metric, device)
+        if model.metric_mode == "FR":
             raise ValueError(
                 f"pyiqa's {self.metric} compares with a reference; use neg_mse, neg_lpips or neg_dists for that."
             )
-        model = cast(partial[float], protocol.function).args[0]
         model.as_loss, model.loss_reduction = self.differentiable, "none"  # else pyiqa returns no gradient, or a mean
         for network in (model, *getattr(model.net, "clip_model", [])):  # CLIP hides in a list
             network.requires_grad_(False).eval()

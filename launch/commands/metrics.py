@@ -60,7 +60,7 @@ def _doctor() -> int:
 
 
 def _fetch(names: Sequence[str], yes: bool) -> int:
-    from common.metrics import MetricUnavailableError
+    from common.pyiqa import MetricUnavailableError
     from launch.comparison.measures import KNOWN, fetch, full_id
 
     wanted = [KNOWN[full_id(name)] for name in names] or list(KNOWN.values())

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningDataModule
 from rich.progress import Progress
 
 from common.files import check_free, held
-from common.metrics import MetricProtocol, MetricUnavailableError
+from common.metrics import MetricProtocol
+from common.pyiqa import MetricUnavailableError
 from data.inventory import Inventory, write_unused
 from launch.comparison import measures
 from launch.comparison.fid import add_fid

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.metrics import MetricUnavailableError
+from common.pyiqa import MetricUnavailableError
 from launch.comparison import measures
 from launch.comparison.inputs import Item
 from launch.comparison.report import Report, metric_entry

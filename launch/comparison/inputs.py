@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from common.datainfo import DataInfo
 from common.files import distinct_names
 from data.benchmarks import load_benchmark
 from data.datamodules import Photos
@@ -83,7 +84,7 @@ def open_sets(
     for module in modules:
         module.setup("test")
         loaders: Any = module.test_dataloader()
-        names = getattr(module, "dataset_names", {}).get("test") or [f"test{i}" for i in range(len(loaders))]
+        names = DataInfo(module).dataset_names("test") or [f"test{i}" for i in range(len(loaders))]
         for name, loader in zip(names, loaders, strict=True):
             sets.append(ImageSet(str(name), loader.dataset, getattr(module, "scale", scale)))
     names = distinct_names([test_set.name for test_set in sets])

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from common.errors import one_line
 from common.files import safe_loading
-from common.metrics import BT601_LUMA, Image, MetricProtocol, MetricUnavailableError, build_metric
+from common.metrics import BT601_LUMA, Image, MetricProtocol, build_metric
+from common.pyiqa import MetricUnavailableError
 from launch.errors import UsageError
 
 

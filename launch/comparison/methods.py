@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, trained_state
+from common.draws import own_random_state
 from common.errors import one_line
 from common.files import plain_name
 from common.images import bicubic_upsample
-from common.metrics import own_random_state, to_uint8
+from common.metrics import to_uint8
 from common.restoration import RestorationModule
 from data.images import ImageError, Pixels, first_five, list_images, read_image
 from launch.baselines import blurred, rounded

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.evaluation import Score, write_scores
 from common.files import csv_text, inside, replacing
-from common.restoration import Score, write_scores
 from launch.comparison.latex import latex
 from launch.comparison.markdown import caption_of, markdown
 from launch.comparison.pictures import NamedFigure, Pictures, draw_grid

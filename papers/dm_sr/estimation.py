@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from common.checkpoints import check_keys, check_shapes, read_stage, resolved, trained_state, without
+from common.checkpoints import check_keys, read_stage, resolved, trained_state, without
 from common.figures import agreement, figure_to_tensor, predicted_against_target, save_figure
 from common.files import csv_text, replacing
 from common.images import bicubic_upsample, to_pm1
@@ -23,14 +23,14 @@ from common.precision import in_test_precision
 from common.pretrained import is_architecture_only
 from common.stages import Stage, digest
 from common.training import Batch, TrainingModule
+from papers.dm_sr.module import DMSR
 from papers.dm_sr.networks import TimestepEstimator
+from papers.dm_sr.stage1 import LAST
 
 log = logging.getLogger(__name__)
 
 COLLAPSED = 0.01
 """Smallest ratio of the predictions' spread to their targets'; below it T has collapsed to a constant."""
-LAST = 499
-"""The largest timestep: the estimator's outputs lie in 0 .. 499 (equation 10)."""
 
 Target = Literal["lpips", "l1", "ssim", "min"]
 
@@ -310,39 +310,6 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str, float, float]]) -> Non
         writer.writerows((csv_text(d), csv_text(i), "" if t != t else f"{t:.3f}", f"{p:.3f}") for d, i, t, p in rows)
 
 
-def read_estimator(path: str) -> Stage:
-    """T of a stage-1 checkpoint, with averaged weights if it has them.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is another stage's.
-    """
-    checkpoint = read_stage(path, "estimator", "papers.dm_sr.TimestepEstimation")
-    state = {
-        name.removeprefix("estimator."): value.clone()  # of a mapped file
-        for name, value in trained_state(checkpoint).items()
-        if name.startswith("estimator.")
-    }
-    settings = {"width": checkpoint["hyper_parameters"].get("width", 1.0)}
-    return Stage(resolved(path), digest(state), state, settings)
-
-
-def build_estimator(stage: Stage) -> TimestepEstimator:
-    """T with the weights of stage 1, frozen.
-
-    Raises:
-        ValueError: They do not fit.
-    """
-    estimator = TimestepEstimator("empty", stage.settings["width"], LAST + 1).requires_grad_(False).eval()
-    if is_architecture_only():
-        return estimator
-    expected = {name for name, _ in estimator.named_parameters()}
-    check_keys(expected, set(stage.weights), f"estimator={stage.path}")
-    check_shapes(estimator, stage.weights, f"estimator={stage.path}")
-    estimator.load_state_dict(stage.weights, strict=False)
-    return estimator
-
-
 def read_restorer(path: str) -> tuple[Any, Stage]:
     """Frozen stage 2 of a checkpoint, with averaged weights if it has them.
 
@@ -350,8 +317,6 @@ def read_restorer(path: str) -> tuple[Any, Stage]:
         FileNotFoundError: There is no such file.
         ValueError: It is another stage's, or does not fit.
     """
-    from papers.dm_sr.module import DMSR
-
     checkpoint = read_stage(path, "restorer", "papers.dm_sr.DMSR")
     names = ("pretrained", "prompt", "embedding", "scale", "seed", "frozen_dtype")
     given = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in names}

@@ -40,10 +40,10 @@ from common.restoration import Inference, RestorationModule
 from common.stages import Stage
 from common.tiling import plan_tiles
 from common.training import Batch
-from papers.dm_sr.estimation import build_estimator, read_estimator
 from papers.dm_sr.losses import GANLoss, adversarial_loss, discriminator_objective
 from papers.dm_sr.networks import ControlNetDiscriminator, TimeAwareEncoder, TimestepEstimator
 from papers.dm_sr.sampling import MultistepNoise, denoise
+from papers.dm_sr.stage1 import build_estimator, read_estimator
 
 PROMPT = "High-quality, high-contrast, photo-realistic, clean, sharp, highly-detailed, perfect, 8k, ultra HD"
 """The paper's fixed prompt (its footnote 1)."""

@@ -246,8 +246,7 @@ class FlowRestorer(RestorationModule):
     def on_fit_start(self) -> None:
         """Encode one text, or fill `text_cache`, so that a run without text encoders fails before it starts."""
         super().on_fit_start()
-        given: list[str] = getattr(getattr(self.trainer, "datamodule", None), "texts", list)()
-        given = given or [""]
+        given = self.data_info.texts() or [""]
         if self.text_cache is None or self.keep_text_encoders:
             self.text(given[:1])
             return

@@ -31,9 +31,10 @@ from common.diffusion import flow_velocity
 from common.guard import Later, reduce
 from common.images import to_01
 from common.losses import mse
-from common.metrics import MetricUnavailableError, to_uint8
+from common.metrics import to_uint8
 from common.parameters import Row
 from common.pretrained import HUB_ID, is_architecture_only, load_vae
+from common.pyiqa import MetricUnavailableError
 from common.rewards import Reward, build_reward
 from common.stages import Stage, digest
 from common.training import Batch
@@ -585,7 +586,7 @@ class NF2T(FlowRestorer):
     def _test_scores(self, x_01: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Raw rewards and PSNR-Y, each (B,)."""
         scores = self.score(x_01, batch)
-        psnr = self._metric("psnr_y")
+        psnr = self.scores.metric("psnr_y", self.device)
         if "hq" in batch and not isinstance(psnr, str):
             pairs = zip(to_uint8(x_01), to_uint8(batch["hq"]), strict=True)
             values = [psnr(*(image.permute(1, 2, 0).cpu().numpy() for image in pair)) for pair in pairs]

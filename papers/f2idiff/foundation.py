@@ -232,7 +232,7 @@ class Foundation(TrainingModule):
 
     def predicted_files(self, folder: Path) -> list[Path]:
         """Write one PNG for each image."""
-        return self._files(folder, self.names_to_predict())
+        return self._files(folder, self.data_info.names_to_predict())
 
     @staticmethod
     def _files(folder: Path, names: list[str]) -> list[Path]:

@@ -250,7 +250,7 @@ class RFSR(BaseSR):
             self.ema.start(self.all_trainable())
         for reward in self.rewards.values():
             assert isinstance(reward, Reward)
-            if reward.prompted and self.base.text_source == "none" and not self._has_prompts("train"):
+            if reward.prompted and self.base.text_source == "none" and not self.data_info.has_prompts("train"):
                 log.warning(
                     "rewards=%s scores every image for the empty text: base.tagger gives no tags and no training image "
                     "has a prompt. Set base.tagger to papers.rfsr.TagFiles, or data.prompts, or leave this reward out.",

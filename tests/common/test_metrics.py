@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.metrics import MetricProtocol, MetricUnavailableError, build_metric, pyiqa_metric, to_uint8
+from common.metrics import MetricProtocol, build_metric, pyiqa_metric, to_uint8
+from common.pyiqa import MetricUnavailableError
 from common.rewards import build_reward
 
 ROOT = Path(__file__).resolve().parents[2]

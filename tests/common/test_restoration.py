@@ -20,11 +20,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common import metrics, restoration
+from common import evaluation, metrics
 from common.draws import Draws
 from common.images import bicubic_upsample, write_png
 from common.made import RECORD
-from common.metrics import MetricUnavailableError
+from common.pyiqa import MetricUnavailableError
 from common.restoration import Inference, RestorationModule
 from common.training import Batch, NonFiniteLossError
 
@@ -640,13 +640,13 @@ class TestScores:
         def gather(parts: list, mine: list) -> None:
             parts[:] = [mine, [score("b", 2.0), score("a", 1.0)]]
 
-        def score(image: str, value: float) -> restoration.Score:
-            return restoration.Score("m", "set", image, "psnr", value, "p")
+        def score(image: str, value: float) -> evaluation.Score:
+            return evaluation.Score("m", "set", image, "psnr", value, "p")
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        toy._scores = [score("c", 3.0), score("a", 1.0)]
-        assert [(s.image, s.value) for s in toy._gathered_scores()] == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
-        assert toy._scores == []
+        toy.scores.rows = [score("c", 3.0), score("a", 1.0)]
+        assert [(s.image, s.value) for s in toy.scores.take(toy.gathered)] == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
+        assert toy.scores.rows == []
 
     @pytest.mark.parametrize(("checking", "shown"), [(False, [("a", 7)]), (True, [])])
     def test_images_go_to_a_logger_that_shows_them_but_not_in_the_sanity_check(
@@ -663,7 +663,7 @@ class TestScores:
     def test_a_metric_that_cannot_be_had_is_a_row_with_its_reason_and_no_zero(
         self, trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        build = restoration.build_metric
+        build = evaluation.build_metric
         asked = []
 
         def some(metric_id: str, **kwargs: Any) -> Any:
@@ -672,7 +672,7 @@ class TestScores:
                 raise MetricUnavailableError("no weights here")
             return build(metric_id, **kwargs)
 
-        monkeypatch.setattr(restoration, "build_metric", some)
+        monkeypatch.setattr(evaluation, "build_metric", some)
         rows = self.scored(trainer, tmp_path, loader(2, 1), metrics=["pyiqa:musiq", "psnr_rgb"])
         missing = [row for row in rows if row["metric"] == "pyiqa:musiq"]
         assert [(row["value"], row["protocol"]) for row in missing] == [("", "not computed: no weights here")] * 2

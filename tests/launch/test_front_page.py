@@ -35,5 +35,8 @@ def test_the_picture_shows_each_image_under_its_title_at_one_size(tmp_path) -> N
         images_of(tmp_path, "b")
 
 
-def test_the_readmes_picture_is_there() -> None:
-    assert (ROOT / "docs" / "images" / "methods.jpg").is_file()
+def test_the_pictures_of_the_readme_and_of_each_card_are_there() -> None:
+    papers = [package.parent.name for package in (ROOT / "papers").glob("*/__init__.py")]
+    assert len(papers) >= 5
+    for name in ("methods", *papers):
+        assert (ROOT / "docs" / "images" / f"{name}.jpg").is_file()

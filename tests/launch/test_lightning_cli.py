@@ -388,7 +388,7 @@ class TestWrongInput:
                 ("data.batch_size=many", "expected int"),
             ),
             ("trainer: {maxsteps: 3}", ("trainer.maxsteps", "trainer.max_steps")),
-            ("model: [", ("overlay.yaml", "no YAML")),
+            ("model: [", ("overlay.yaml", "not valid YAML")),
         ],
     )
     def test_a_config_that_is_not_understood(

@@ -24,18 +24,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.checkpoints import read_checkpoint, read_stage
 from common.conditioning.flux_text import _file, encode_flux_prompts
+from common.evaluation import Score, write_scores
 from common.files import safe_loading
 from common.images import write_png
 from common.losses.latent_lpips import LatentLPIPS
 from common.losses.vgg import _pretrained_state, read_state
 from common.pretrained import TINY, load_text_encoder, load_vae
-from common.restoration import Score, write_scores
 from common.rewards.imagereward import _read
 from launch.cli import main
 from launch.comparison import compare
 from launch.comparison.inputs import ImageSet
 from launch.comparison.outputs import copy_figures
 from launch.comparison.pictures import NamedFigure
+from launch.comparison.report import Report
 from launch.comparison.store import Store
 from papers.rfsr.tags import TagFiles, fingerprint
 
@@ -196,7 +197,7 @@ NASTY = [
 ]
 
 
-def nasty_report(folder: Path) -> dict[str, Any]:
+def nasty_report(folder: Path) -> Report:
     """Write a report whose methods' names, test set, images and reasons are nasty, and give what it shows."""
     lq = np.zeros((8, 8, 3), np.uint8)
     samples = folder / "in" / NASTY[1].replace("/", ":")
@@ -219,7 +220,7 @@ def nasty_report(folder: Path) -> dict[str, Any]:
 def test_names_are_text_in_every_file_of_the_report(tmp_path: Path) -> None:
     data = nasty_report(tmp_path)
     out = tmp_path / "out"
-    assert [method["name"] for method in data["methods"]] == ["bicubic", *NASTY]
+    assert [method["name"] for method in data.methods] == ["bicubic", *NASTY]
 
     markdown = (out / "report.md").read_text()
     events = EventAccumulator(str(out)).Reload()

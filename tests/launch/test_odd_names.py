@@ -107,7 +107,7 @@ def test_a_comparison_finds_foreign_results_by_their_odd_names(folder: Path, tmp
         progress=False,
         device="cpu",
     ).data
-    values = data["values"][plain_name(folder.name)]["foreign"]["psnr_rgb"]
+    values = data.values[plain_name(folder.name)]["foreign"]["psnr_rgb"]
     assert len(values) == len(NAMES)
     np.testing.assert_allclose(list(values.values()), 48.13, atol=0.01)  # one level of 255 apart: 20 lg 255
     assert r"extra\xe9.png" in (out / "report.md").read_text(encoding="utf-8")

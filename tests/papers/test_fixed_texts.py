@@ -114,7 +114,7 @@ def test_what_a_checkpoint_holds_is_not_encoded_again(
         model = make(str(base))
         model.awaits_checkpoint, model.results_dir = True, tmp_path / command
         seen: list[Tensor] = []
-        monkeypatch.setattr(model, "_write", lambda _paths, sr, seen=seen: seen.append(sr))
+        monkeypatch.setattr("common.restoration.write_images", lambda _paths, sr, seen=seen: seen.append(sr))
         getattr(trainer(), command)(model, loader(), ckpt_path=path, weights_only=True)
         assert loads == []
         with model.ema.swapped(model.all_trainable()) if model.ema is not None else torch.no_grad():
@@ -218,7 +218,7 @@ def test_the_shells_prediction_and_a_loaded_run_need_no_encoder(tmp_path: Path, 
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     fit = ["fit", "-c", "papers/dfosd/configs/demo/01_dfosd.yaml", f"--model.pretrained={tmp_path / 'base'}", *quiet]
     fit += ["--model.condition=empty", "--model.perceptual=none", "--data.batch_size=1", "--trainer.max_steps=1"]
-    fit += ["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=1", "--runs"]
+    fit += ["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=1", "--name=fixed", "--runs"]
     assert main([*fit, str(tmp_path / "runs")]) == 0
     (last,) = (tmp_path / "runs").glob("dfosd/*/version_0/checkpoints/last.ckpt")
     assert set(torch.load(last, weights_only=True)["texts"]) == {"empty_prompt", "disc_empty_prompt"}
@@ -248,6 +248,7 @@ def test_two_processes_go_on_without_the_encoder_as_one_with_twice_the_batch(tmp
             f"--data.batch_size={batch_size}",
             f"--trainer.max_steps={steps}",
             "--checkpoint.every_n_train_steps=1",
+            "--name=fixed",  # the folder's name would join the run's, and may be long
         ]
         config = ["-c", "papers/dfosd/configs/demo/01_dfosd.yaml", f"--model.pretrained={tmp_path / 'base'}"]
         return ["fit", *config, "--runs", str(tmp_path / runs), *small, "--trainer.enable_progress_bar=false", *options]

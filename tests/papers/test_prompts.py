@@ -43,7 +43,9 @@ UNTOLD: list[Make] = [
 def with_prompts(model: Any, *splits: str) -> Any:
     """The model under a trainer whose data has prompts in some splits."""
     data = SimpleNamespace(has_prompts=lambda split: split in splits)
-    model._trainer = SimpleNamespace(datamodule=data, log_dir=None, loggers=[])
+    model._trainer = SimpleNamespace(
+        datamodule=data, log_dir=None, loggers=[], precision="32-true", enable_validation=False
+    )
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common.metrics import MetricUnavailableError
+from common.pyiqa import MetricUnavailableError
 from common.rewards import PyiqaReward, build_reward
 
 CONFIGS: dict[str, dict[str, Any]] = {

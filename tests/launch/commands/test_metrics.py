@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.metrics import MetricUnavailableError
+from common.pyiqa import MetricUnavailableError
 from launch.cli import main
 from launch.comparison import measures
 
@@ -103,7 +103,7 @@ def test_without_any_metric_nothing_is_restored_and_the_command_fails(
     def refuse(*_: Any, **__: Any) -> None:
         raise MetricUnavailableError("no such library here")
 
-    monkeypatch.setattr("common.restoration.build_metric", refuse)
+    monkeypatch.setattr("common.evaluation.build_metric", refuse)
     assert _score(command, tmp_path) == 1
     message = "model.inference.metrics=['psnr_y']: none of them can be computed: no such library here"
     assert message in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_without_any_metric_nothing_is_restored_and_the_command_fails(
 def test_a_command_fails_where_no_image_has_a_number(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("common.restoration.measured", lambda *_: (None, "not computed: it is too dark"))
+    monkeypatch.setattr("common.evaluation.measured", lambda *_: (None, "not computed: it is too dark"))
     assert _score(command, tmp_path) == 1
     assert "it is too dark" in capsys.readouterr().err.splitlines()[-1]
     assert len(list(tmp_path.rglob("metrics.csv"))) == (command == "test")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from common.metrics import MetricUnavailableError
+from common.pyiqa import MetricUnavailableError
 from data.images import read_image
 from launch.comparison import compare, measures
 

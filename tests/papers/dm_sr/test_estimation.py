@@ -19,8 +19,9 @@ from common.conditioning.text import encode_prompts
 from common.losses import LPIPS
 from launch.parameters import parse
 from papers.dm_sr import DMSR, TimestepEstimation, estimation, module
-from papers.dm_sr.estimation import build_estimator, read_estimator, read_restorer
+from papers.dm_sr.estimation import read_restorer
 from papers.dm_sr.networks import TimestepEstimator
+from papers.dm_sr.stage1 import build_estimator, read_estimator
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 SGD, STILL = partial(torch.optim.SGD, lr=1e-2), partial(torch.optim.SGD, lr=0.0)

@@ -19,7 +19,7 @@ from common.color import wavelet
 from common.conditioning.flux_text import encode_flux_prompts
 from common.figures import read_caption
 from common.images import bicubic_upsample, to_01, to_pm1
-from common.metrics import MetricUnavailableError
+from common.pyiqa import MetricUnavailableError
 from common.restoration import Inference
 from common.rewards import build_reward, group_rewards
 from papers.dnf_sr import DNFSR, NF2T, module, nf2t

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from common.conditioning.text import encode_prompts
+from common.datainfo import DataInfo
 from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
 from common.draws import Draws, generator
 from common.losses import GramKL, dwt_low
@@ -487,7 +488,7 @@ class TestRewardArguments:
     ) -> None:
         model = make("seesr", {"tagger": Untagged(5, 10)})
         monkeypatch.setattr(type(model.rewards["bright"]), "prompted", True)
-        monkeypatch.setattr(RFSR, "_has_prompts", lambda self, split: prompts)
+        monkeypatch.setattr(DataInfo, "has_prompts", lambda self, split: prompts)
         train(model, batch, LATE)
         assert ("rewards=bright scores every image for the empty text" in caplog.text) is not prompts
 
