@@ -78,7 +78,7 @@ _COMMANDS = {
         "Train a method.",
         "checkpoint of a run to resume",
         "  --init_from PATH            checkpoint whose trained weights a new run starts from\n"
-        "  --checkpoint.keep N         checkpoints kept on the way besides the last one (default: 4)\n"
+        "  --checkpoint.keep N         checkpoints kept in addition to the last one (default: 4)\n"
         "  --checkpoint.monitor NAME   keep the best checkpoints by this metric instead, e.g. val/psnr_y\n",
     ),
     "validate": ("Score a checkpoint on the validation images.", "", ""),

@@ -26,17 +26,12 @@ from common.adapters import (
 )
 from common.pretrained import architecture_only, load_unet, load_vae
 
+from .networks import small_unet
+
 
 def make_unet(**config: object) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=4,
+    return small_unet(
         use_linear_projection=True,
         **config,
     )

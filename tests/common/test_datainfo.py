@@ -1,4 +1,4 @@
-"""What a module asks of its data module, with defaults for a foreign one."""
+"""Facts that a module asks of its data module, with defaults for a foreign one."""
 
 from pathlib import Path
 

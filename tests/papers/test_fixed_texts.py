@@ -254,7 +254,7 @@ def test_two_processes_go_on_without_the_encoder_as_one_with_twice_the_batch(tmp
         return ["fit", *config, "--runs", str(tmp_path / runs), *small, "--trainer.enable_progress_bar=false", *options]
 
     def last(runs: str) -> Path:
-        """Of the newest version: a resumed run with another batch size has a folder of its own."""
+        """The newest version's: a resumed run with another batch size has a folder of its own."""
         return max((tmp_path / runs).glob("dfosd/*/version_*/checkpoints/last.ckpt"))
 
     assert main(fit("whole", 4, 2)) == 0
