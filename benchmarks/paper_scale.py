@@ -27,12 +27,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from train_step import Measured, Steps, measure, section
+from train_step import Measured, Parts, Steps, measure
 
+from common.precision import TestPrecision
 from common.pretrained import random_on_device
 from common.restoration import RestorationModule
 from launch.parameters import parse
@@ -64,7 +65,7 @@ class Step:
     crop: int = 512
     saves: str = ""  # name by which later items' overrides refer to the checkpoint, {saves}
     prepare: Callable[[Any], None] | None = None
-    tf32: bool = False
+    tf32: Literal["convolutions", "everywhere", "nowhere"] = "convolutions"  # torch's default, and so isr fit's
     steps: int = 3
 
 
@@ -78,6 +79,7 @@ class Restore:
     demo: str = ""
     tiny: Sequence[str] = ()
     sides: Sequence[int] = (128, 512)
+    precisions: Sequence[TestPrecision] = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,12 @@ _CALIBRATED = ["--model.lo=0.0", "--model.hi=1.0"]  # else the data calibrate th
 _TINY_NF2T = ["--model.sft={sft}"]
 _EARLY, _LATE = "--model.t_late_max=-1", "--model.t_early_min=1001"
 
+
+def _variant(name: str, *overrides: str, **settings: Any) -> Step:
+    """DFOSD's step with one setting changed."""
+    return Step(f"dfosd/sd21, {name}", **_DFOSD, overrides=[*_DFOSD_RANDOM, *overrides], sizes=(1, 4), **settings)
+
+
 ITEMS: list[Step | Restore | Feed] = [
     Step("dfosd/sd21", **_DFOSD, overrides=_DFOSD_RANDOM),
     Step(
@@ -156,13 +164,15 @@ ITEMS: list[Step | Restore | Feed] = [
         sizes=(1, 4, 15),
     ),
     Restore("restore dfosd/sd21", **_DFOSD, overrides=_DFOSD_RANDOM),
-    Step("dfosd/sd21, no checkpointing", **_DFOSD, overrides=[*_DFOSD_RANDOM, "--model.gradient_checkpointing=false"]),
-    Step("dfosd/sd21, plain AdamW", **_DFOSD, overrides=[*_DFOSD_RANDOM, "--model.optimizer.init_args.fused=false"]),
-    Step("dfosd/sd21, channels_last", **_DFOSD, overrides=_DFOSD_RANDOM, prepare=channels_last),
-    Step("dfosd/sd21, TF32", **_DFOSD, overrides=_DFOSD_RANDOM, tf32=True),
+    _variant("no TF32", tf32="nowhere"),
+    _variant("TF32 everywhere", tf32="everywhere"),
+    _variant("frozen_dtype float32", "--model.frozen_dtype=float32"),
+    _variant("no checkpointing", "--model.gradient_checkpointing=false"),
+    _variant("plain AdamW", "--model.optimizer.init_args.fused=false"),
+    _variant("channels_last", prepare=channels_last),
     Restore("restore dm_sr/sd_turbo", **_DM_SR, overrides=_DM_SR_RANDOM, tiny=["--model.estimator={estimator}"]),
     Restore("restore f2idiff/sr_f2i", **_F2IDIFF, overrides=_F2IDIFF_RANDOM),
-    Restore("restore dnf_sr/kontext_sft", **_SFT, overrides=_SFT_RANDOM, sides=(128,)),
+    Restore("restore dnf_sr/kontext_sft", **_SFT, overrides=_SFT_RANDOM, sides=(128,), precisions=("bfloat16",)),
     Restore("restore rfsr/seesr", **_RFSR, overrides=SEESR, sides=(128,)),
     Feed("feeding"),
     Step(
@@ -213,8 +223,8 @@ def _step(item: Step, place: Place) -> dict[str, Any]:
     configs, overrides = place.arguments(item)
     crop = 64 if place.tiny else item.crop
     found: dict[int, Steps] = {}
-    torch.set_float32_matmul_precision("high" if item.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = item.tf32
+    torch.backends.cuda.matmul.allow_tf32 = item.tf32 == "everywhere"
+    torch.backends.cudnn.allow_tf32 = item.tf32 != "nowhere"
     result: dict[str, Any] = {"overrides": _named(overrides), "crop": crop, "batches": {}}
     measured: Measured | None = None
     try:
@@ -267,6 +277,7 @@ def _figures(size: int, steps: Steps) -> dict[str, Any]:
         "tflop_per_s": round(steps.flops / 1e12 / seconds, 1),
         "ms_by_part": parts,
         "calls": dict(steps.calls),
+        "host_waits": steps.waits,
     }
 
 
@@ -283,38 +294,42 @@ def _restore(item: Restore, place: Place) -> dict[str, Any]:
         model: RestorationModule = parser.instantiate(parsed).model
         model.inference_only = True
         model.configure_model()
-    device = torch.device(place.device)
-    model = model.to(device).eval()
-    mixed = "bf16" in str(section(configs, "trainer").get("precision", ""))
+    model = model.to(place.device).eval()
+    parts = Parts()
+    parts.device = torch.device(place.device)
+    parts.watch(model.networks())
     inference = model.inference
-    result: dict[str, Any] = {"overrides": _named(overrides), "precision": "bf16-mixed" if mixed else "32", "sides": {}}
+    result: dict[str, Any] = {"overrides": _named(overrides), "default": model.test_precision, "sides": {}}
     for side in (16, 24) if place.tiny else item.sides:
-        x_lq = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        x_lq = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(place.device)
         for how in ("whole", "tiled") if side > min(item.sides) or place.tiny else ("whole",):
             inference.tile = None if how == "whole" else 64 if place.tiny else 512
             inference.overlap = min(inference.overlap, 16) if place.tiny else inference.overlap
-            try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                    result["sides"][f"{side} -> {side * model.scale} px, {how}"] = _timed(model, x_lq)
-            except torch.OutOfMemoryError:
-                result["sides"][f"{side} -> {side * model.scale} px, {how}"] = {"stopped": "out of memory"}
-                _free()
+            for model.test_precision in item.precisions:
+                name = f"{side} -> {side * model.scale} px, {how}, {model.test_precision}"
+                try:
+                    result["sides"][name] = _timed(model, x_lq, parts)
+                except torch.OutOfMemoryError:
+                    result["sides"][name] = {"stopped": "out of memory"}
+                    _free()
     return result
 
 
-def _timed(model: RestorationModule, x_lq: Tensor) -> dict[str, Any]:
-    """Median of three restorations after one that is not timed."""
-    on_gpu, seconds = x_lq.is_cuda, []
-    for turn in range(4):
-        if on_gpu and turn == 1:
+def _timed(model: RestorationModule, x_lq: Tensor, parts: Parts) -> dict[str, Any]:
+    """Median of three restorations after one that is not timed; one more is timed by part."""
+    seconds = []
+    for turn in range(5):
+        parts.restart(timed=turn == 4)
+        if x_lq.is_cuda and turn == 1:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        model.upscale(x_lq, ["a house by a lake"])
-        if on_gpu:
-            torch.cuda.synchronize()
+        with parts.part("rest"):
+            model.upscale(x_lq, ["a house by a lake"])
+        parts.wait()
         seconds.append(time.perf_counter() - start)
-    figures = {"ms_per_image": round(1e3 * median(seconds[1:]), 1)}
-    if on_gpu:
+    by_part = {name: round(1e3 * spent, 1) for name, spent in parts.seconds.items()}
+    figures: dict[str, Any] = {"ms_per_image": round(1e3 * median(seconds[1:4]), 1), "ms_by_part": by_part}
+    if x_lq.is_cuda:
         figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return figures
 
@@ -404,7 +419,9 @@ def _line(result: Mapping[str, Any]) -> str:
     if "failed" in result:
         return f"FAILED: {result['failed']}"
     found = [f"{b} x {f['ms_per_step']:.0f} ms, {f['peak_gb']} GB" for b, f in result.get("batches", {}).items()]
-    found += [f"{side}: {figures}" for side, figures in result.get("sides", {}).items()]
+    found += [
+        f"{side}: {figures.get('ms_per_image', 'stopped')} ms" for side, figures in result.get("sides", {}).items()
+    ]
     found += [f"{key}: {value}" for key, value in result.items() if key.endswith("workers") or key == "stopped"]
     return "; ".join(found)
 

@@ -27,7 +27,7 @@ import logging
 import resource
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -62,11 +62,102 @@ class Steps:
     parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of each step timed by part
     calls: dict[str, int] = field(default_factory=dict)  # of the last step
     flops: int = 0  # of the first step, forward and backward
+    waits: dict[str, int] | None = None  # by file and line, of the last step; None where no GPU is
     peak: int = 0  # bytes: allocated on the GPU in the timed steps, or resident since the process began
 
     def by_part(self) -> list[float]:
         """Seconds of each step that is timed by part."""
         return [sum(parts) for parts in zip(*self.parts.values(), strict=True)]
+
+
+class Parts:
+    """Shares time out among networks and other parts, some within others; it waits for the GPU at each change."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.timed = False
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self._open: list[str] = []  # parts that have begun, one within the other
+        self._since = 0.0
+
+    def watch(self, networks: Mapping[str, Any]) -> None:
+        """Make a part of each network's forward calls, and of a VAE's encoder and decoder."""
+        for name, network in networks.items():
+            parts = {name: network}
+            if isinstance(network, ImageCodec):  # its two methods are no calls of the module
+                parts = {f"{name}, encoder": network.vae.encoder, f"{name}, decoder": network.vae.decoder}
+            for part, module in parts.items():
+                module.register_forward_pre_hook(partial(self._begin_network, part))
+                module.register_forward_hook(self._end_network, always_call=True)
+
+    def restart(self, timed: bool) -> None:
+        """Forget all seconds and calls."""
+        self.timed, self.seconds, self.calls = timed, defaultdict(float), defaultdict(int)
+        self.wait()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part that lasts as long as this context."""
+        self.begin(name)
+        yield
+        self.end()
+
+    def begin(self, name: str) -> None:
+        """Open a part within the one that is open."""
+        self._charge()
+        self._open.append(name)
+        self.calls[name] += 1
+
+    def end(self) -> None:
+        """Close the innermost part."""
+        self._charge()
+        self._open.pop()
+
+    def wait(self) -> None:
+        """Wait for the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _begin_network(self, name: str, *_: Any) -> None:
+        if BACKWARD not in self._open:  # where checkpointing calls networks again
+            self.begin(name)
+
+    def _end_network(self, *_: Any) -> None:
+        if BACKWARD not in self._open:
+            self.end()
+
+    def _charge(self) -> None:
+        """Charge the time since the last change to the innermost part."""
+        if not self.timed:
+            return
+        self.wait()
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+class Waits:
+    """Counts where Python waits for the GPU because it reads or copies a tensor's values; other devices count none."""
+
+    def __init__(self) -> None:
+        self._recorder = warnings.catch_warnings(record=True)
+        self._caught: list[warnings.WarningMessage] = []
+
+    def begin(self) -> None:
+        """Have torch warn at each wait."""
+        self._recorder = warnings.catch_warnings(record=True)
+        self._caught = self._recorder.__enter__() or []
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def end(self) -> dict[str, int]:
+        """Stop, and return the number of waits by file and line."""
+        torch.cuda.set_sync_debug_mode("default")
+        self._recorder.__exit__(None, None, None)
+        waits = [caught for caught in self._caught if "synchronizing CUDA" in str(caught.message)]
+        return dict(Counter(f"{'/'.join(Path(each.filename).parts[-3:])}:{each.lineno}" for each in waits))
 
 
 class Clock(Callback):
@@ -82,10 +173,7 @@ class Clock(Callback):
         self.device = torch.device("cpu")  # the model's while it is trained
         self._steps, self._count_flops = steps, count_flops
         self._taken = 0  # steps of this batch size
-        self._spent: dict[str, float] = {}
-        self._calls: dict[str, int] = {}
-        self._parts: list[str] = []  # those that have begun, one within the other
-        self._since = 0.0
+        self._parts, self._waits = Parts(), Waits()
         self._flops = FlopCounterMode(display=False)
 
     @property
@@ -94,25 +182,19 @@ class Clock(Callback):
 
     def on_fit_start(self, trainer: Trainer, model: Any) -> None:
         """Watch the networks, the backward passes and the optimisers."""
-        self.device = model.device
-        for name, network in model.networks().items():
-            parts = {name: network}
-            if isinstance(network, ImageCodec):  # its two methods are no calls of the module
-                parts = {f"{name}, encoder": network.vae.encoder, f"{name}, decoder": network.vae.decoder}
-            for part, module in parts.items():
-                module.register_forward_pre_hook(partial(self._begin_network, part))
-                module.register_forward_hook(self._end_network, always_call=True)
+        self.device = self._parts.device = model.device
+        self._parts.watch(model.networks())
         backward = model.manual_backward
 
         @wraps(backward)
         def timed(loss: Tensor) -> None:
-            with self._part(BACKWARD):
+            with self._parts.part(BACKWARD):
                 backward(loss)
 
         model.manual_backward = timed
         for optimizer in trainer.optimizers:
-            optimizer.register_step_pre_hook(lambda *_: self._begin(OPTIMISERS))
-            optimizer.register_step_post_hook(lambda *_: self._end())
+            optimizer.register_step_pre_hook(lambda *_: self._parts.begin(OPTIMISERS))
+            optimizer.register_step_post_hook(lambda *_: self._parts.end())
 
     def on_train_batch_start(self, trainer: Trainer, model: Any, batch: Batch, batch_idx: int) -> None:
         """Start, and with the first timed step of a batch size the peak of the memory, too."""
@@ -124,66 +206,32 @@ class Clock(Callback):
             self._flops.__enter__()
         if self._taken == 1 and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._spent, self._calls = defaultdict(float), defaultdict(int)
-        self._wait()
-        self._begin(REST)
+        if self._by_part and self.device.type == "cuda":
+            self._waits.begin()
+        self._parts.restart(timed=self._by_part)
+        self._parts.begin(REST)
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, model: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Keep the step's times, except the first one's."""
-        self._end()
-        self._wait()
+        self._parts.end()
+        self._parts.wait()
         if self._taken == 0 and self._count_flops:
             self._flops.__exit__(None, None, None)
             self._now.flops = self._flops.get_total_flops()
         elif 0 < self._taken <= self._steps:
             self._now.seconds.append(time.perf_counter() - self._start)
         elif self._by_part:
-            for part, seconds in self._spent.items():
+            for part, seconds in self._parts.seconds.items():
                 self._now.parts[part].append(seconds)
-        self._now.calls = self._calls
+            if self.device.type == "cuda":
+                self._now.waits = self._waits.end()
+        self._now.calls = self._parts.calls
         if self.device.type == "cuda":
             self._now.peak = torch.cuda.max_memory_allocated(self.device)
         else:
             self._now.peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._taken += 1
-
-    @contextmanager
-    def _part(self, part: str) -> Iterator[None]:
-        self._begin(part)
-        yield
-        self._end()
-
-    def _begin_network(self, part: str, *_: Any) -> None:
-        if BACKWARD not in self._parts:  # where checkpointing calls networks again
-            self._begin(part)
-
-    def _end_network(self, *_: Any) -> None:
-        if BACKWARD not in self._parts:
-            self._end()
-
-    def _begin(self, part: str) -> None:
-        self._charge()
-        self._parts.append(part)
-        self._calls[part] += 1
-
-    def _end(self) -> None:
-        self._charge()
-        self._parts.pop()
-
-    def _charge(self) -> None:
-        """Charge the time since the last change to the innermost part."""
-        if not self._by_part:
-            return
-        self._wait()
-        now = time.perf_counter()
-        if self._parts:
-            self._spent[self._parts[-1]] += now - self._since
-        self._since = now
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def section(configs: Sequence[str | Path], name: str) -> dict[str, Any]:
