@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -245,8 +245,9 @@ def _step(item: Step, place: Place) -> dict[str, Any]:
             kept = measured.model.checkpoint_keys()
             state = {key: value for key, value in measured.model.state_dict().items() if key in kept}
             torch.save({"state_dict": state, "hyper_parameters": measured.stored}, place.saved / f"{item.saves}.ckpt")
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
         result["stopped"] = "out of memory"
+        print(f"{item.name}: {error}", flush=True)
     for size, steps in found.items():
         if steps.seconds:
             result["batches"][str(size)] = _figures(size, steps)
@@ -450,16 +451,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     with tempfile.TemporaryDirectory() as folder, random_on_device(options.device):
         place = Place(options.device, options.tiny, Path(folder))
-        needed = {stage for item in ITEMS for stage in re.findall(r"\{(\w+)\}", str(item))}
+        wanted = [
+            item
+            for item in ITEMS
+            if (not options.only or any(text in item.name for text in options.only))
+            and (options.again or "failed" in results["items"].get(item.name, {"failed": ""}))
+        ]
+        needed = {stage for item in wanted for stage in re.findall(r"\{(\w+)\}", str(item))}
         for item in ITEMS:
-            makes_stage = getattr(item, "saves", "") in needed and not options.only
-            if options.only and not any(text in item.name for text in options.only):
-                continue
-            if (
-                not options.again
-                and "failed" not in results["items"].get(item.name, {"failed": ""})
-                and not makes_stage
-            ):
+            makes_stage = item not in wanted and getattr(item, "saves", "") in needed
+            if makes_stage:
+                item = replace(item, sizes=item.sizes[:1], steps=1)
+            elif item not in wanted:
                 continue
             spent = time.perf_counter() - begin
             if spent > options.budget:
@@ -470,10 +473,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Exception as error:  # the next item is worth a try whatever went wrong with this one
                 result, failed = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:400]}, True
             result["took_s"] = round(time.perf_counter() - begin - spent, 1)
-            results["items"][item.name] = result
-            _write(path, results)
+            if not makes_stage:
+                results["items"][item.name] = result
+                _write(path, results)
             _free()
-            print(f"{item.name} ({result['took_s']:.0f} s): {_line(result)}", flush=True)
+            note = ", for its checkpoint" if makes_stage else ""
+            print(f"{item.name}{note} ({result['took_s']:.0f} s): {_line(result)}", flush=True)
     return int(failed)
 
 

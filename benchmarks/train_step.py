@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -139,10 +139,10 @@ class Parts:
 
 
 class Waits:
-    """Counts where Python waits for the GPU because it reads or copies a tensor's values; other devices count none."""
+    """Counts where Python waits for the GPU because it reads or copies a tensor's values."""
 
     def __init__(self) -> None:
-        self._recorder = warnings.catch_warnings(record=True)
+        self._recorder: warnings.catch_warnings[Any] | None = None  # from `begin` to `end`
         self._caught: list[warnings.WarningMessage] = []
 
     def begin(self) -> None:
@@ -152,12 +152,25 @@ class Waits:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
 
-    def end(self) -> dict[str, int]:
-        """Stop, and return the number of waits by file and line."""
+    def end(self) -> dict[str, int] | None:
+        """Stop, and return the number of waits by file and line; None if none were counted, as on other devices."""
+        if self._recorder is None:
+            return None
         torch.cuda.set_sync_debug_mode("default")
         self._recorder.__exit__(None, None, None)
+        self._recorder = None
         waits = [caught for caught in self._caught if "synchronizing CUDA" in str(caught.message)]
         return dict(Counter(f"{'/'.join(Path(each.filename).parts[-3:])}:{each.lineno}" for each in waits))
+
+
+class _WholeStep:
+    """Takes the place of a FLOP counter's tracker of modules, whose hooks keep what checkpointing computes again."""
+
+    parents: ClassVar = {"Global"}
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Clock(Callback):
@@ -174,7 +187,7 @@ class Clock(Callback):
         self._steps, self._count_flops = steps, count_flops
         self._taken = 0  # steps of this batch size
         self._parts, self._waits = Parts(), Waits()
-        self._flops = FlopCounterMode(display=False)
+        self._flops: FlopCounterMode | None = None  # while a step's operations are counted
 
     @property
     def _by_part(self) -> bool:
@@ -203,6 +216,8 @@ class Clock(Callback):
             self._taken = 0
         self._now = self.found[size]
         if self._taken == 0 and self._count_flops:
+            self._flops = FlopCounterMode(display=False)
+            self._flops.mod_tracker = _WholeStep()
             self._flops.__enter__()
         if self._taken == 1 and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -216,22 +231,33 @@ class Clock(Callback):
         """Keep the step's times, except the first one's."""
         self._parts.end()
         self._parts.wait()
-        if self._taken == 0 and self._count_flops:
-            self._flops.__exit__(None, None, None)
-            self._now.flops = self._flops.get_total_flops()
+        if self._flops is not None:
+            self._now.flops = self._stop_counting()
         elif 0 < self._taken <= self._steps:
             self._now.seconds.append(time.perf_counter() - self._start)
         elif self._by_part:
             for part, seconds in self._parts.seconds.items():
                 self._now.parts[part].append(seconds)
-            if self.device.type == "cuda":
-                self._now.waits = self._waits.end()
+            self._now.waits = self._waits.end()
         self._now.calls = self._parts.calls
         if self.device.type == "cuda":
             self._now.peak = torch.cuda.max_memory_allocated(self.device)
         else:
             self._now.peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._taken += 1
+
+    def on_exception(self, trainer: Trainer, model: Any, exception: BaseException) -> None:
+        """Leave no mode of torch behind, which would slow down and fill what runs next."""
+        self._stop_counting()
+        self._waits.end()
+
+    def _stop_counting(self) -> int:
+        """Operations of the step, 0 where they are not counted."""
+        if self._flops is None:
+            return 0
+        flops, self._flops = self._flops, None
+        flops.__exit__(None, None, None)
+        return flops.get_total_flops()
 
 
 def section(configs: Sequence[str | Path], name: str) -> dict[str, Any]:

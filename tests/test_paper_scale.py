@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from common.pretrained import drawing_weights, network_device, random_on_device
 from launch.parameters import parse
@@ -89,3 +90,55 @@ def test_random_weights_stay_on_the_device_that_draws_them() -> None:
         with drawing_weights(3):
             there = nn.Linear(4, 4)
     assert torch.equal(here.weight, there.weight)
+
+
+def test_a_step_that_fails_leaves_no_mode_behind(program: Any) -> None:
+    """A FLOP counter that stays on slows down what runs next, and its hooks keep the failed step's memory."""
+    clock = importlib.import_module("train_step").Clock(1, count_flops=True)
+    clock.on_train_batch_start(None, None, {"hq": torch.zeros(2, 3, 4, 4)}, 0)
+    layer = nn.Linear(4, 4)
+    assert any(type(mode).__name__ == "_FlopCounterMode" for mode in _get_current_dispatch_mode_stack())
+    layer(torch.zeros(3, 4))
+    clock.on_exception(None, None, torch.OutOfMemoryError())
+    assert not _get_current_dispatch_mode_stack()
+
+
+def test_operations_are_counted_without_the_modules(program: Any) -> None:
+    clock = importlib.import_module("train_step").Clock(1, count_flops=True)
+    batch = {"hq": torch.zeros(2, 3, 4, 4)}
+    clock.on_train_batch_start(None, None, batch, 0)
+    nn.Linear(4, 5, bias=False)(torch.ones(3, 4, requires_grad=True)).sum().backward()
+    clock.on_train_batch_end(None, None, None, batch, 0)
+    assert clock.found[2].flops == 3 * 2 * 3 * 4 * 5  # forward, and the gradients of input and weight
+
+
+def test_a_stage_is_made_again_for_the_item_that_needs_it(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+
+    def measured(item: Any, place: Any) -> dict[str, Any]:
+        called.append((item.name, tuple(item.sizes)))
+        return {"batches": {}}
+
+    monkeypatch.setattr(program, "_step", measured)
+    call = ["--device", "cpu", "--tiny", "--results", str(tmp_path), "--only"]
+    assert program.main([*call, "dnf_sr/kontext_sft"]) == 0
+    (path,) = tmp_path.glob("*_tiny.json")
+    before = json.loads(path.read_text())["items"]["dnf_sr/kontext_sft"]
+    assert program.main([*call, "dnf_sr/kontext_nf2t"]) == 0
+    assert called == [("dnf_sr/kontext_sft", (1, 2)), ("dnf_sr/kontext_sft", (1,)), ("dnf_sr/kontext_nf2t", (1,))]
+    assert json.loads(path.read_text())["items"]["dnf_sr/kontext_sft"] == before
+
+
+@pytest.mark.gpu
+def test_a_read_of_a_number_is_counted_as_a_wait(program: Any) -> None:
+    waits = importlib.import_module("train_step").Waits()
+    x = torch.ones(3, device="cuda")
+    waits.begin()
+    y = (x + 1).sum()
+    assert waits.end() == {}
+    waits.begin()
+    float(y)
+    (count,) = waits.end().values()
+    assert count == 1
