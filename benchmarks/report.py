@@ -1,4 +1,7 @@
-"""Write docs/performance.md from benchmarks/results/*.json: python benchmarks/report.py."""
+"""Write docs/performance.md: `python benchmarks/report.py`.
+
+Figures come from benchmarks/results/DEVICE.json, notes from DEVICE.md beside it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ HEAD = """# Performance
 `make gpu` fills this page on one GPU: it runs every demo row on CUDA against the CPU, then
 [benchmarks/paper_scale.py](../benchmarks/paper_scale.py), then `python benchmarks/report.py`. A second call measures
 what is missing. Networks have the paper's size and random weights, images are noise, one text is encoded and kept. A
-step holds everything that the configuration trains, discriminators and teachers too. TF32 is off; in `isr fit` torch's
-default holds, which has it on in convolutions. The VAE works in float32, which is the methods' default.
+step holds everything that the configuration trains, discriminators and teachers too. TF32 is as torch and so `isr fit`
+have it, on in float32 convolutions, unless the name says otherwise. Frozen denoisers are held in bfloat16, and the VAE
+works in float32, as the configurations say ([precision](precision.md)).
 """
 NONE = "\nNot yet measured on a GPU.\n"
 COLUMNS = (
@@ -26,8 +30,12 @@ COLUMNS = (
 
 def page(results: Path = RESULTS) -> str:
     """Text of the page."""
-    devices = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    return HEAD + ("".join(_device(found) for found in devices) if devices else NONE)
+    sections = []
+    for path in sorted(results.glob("*.json")):
+        sections.append(_device(json.loads(path.read_text())))
+        if (notes := path.with_suffix(".md")).is_file():
+            sections.append(f"\n{notes.read_text()}")
+    return HEAD + ("".join(sections) or NONE)
 
 
 def _device(found: Mapping[str, Any]) -> str:
@@ -46,15 +54,21 @@ def _device(found: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | | | {item.get('failed') or item['stopped']} | | | | |\n")
     restored = [
         f"| {name.removeprefix('restore ')} | {side} | {figures.get('ms_per_image', figures.get('stopped'))} | "
-        f"{figures.get('peak_gb', '')} |\n"
+        f"{figures.get('peak_gb', '')} | {_most(figures.get('ms_by_part', {}))} |\n"
         for name, item in items.items()
         for side, figures in item.get("sides", {}).items()
     ]
     if restored:
-        lines += ["\n| restoring | size | ms an image | peak GB |\n|---|---|---|---|\n", *restored]
+        lines += ["\n| restoring | size | ms an image | peak GB | most time in |\n|---|---|---|---|---|\n", *restored]
     for key, figures in items.get("feeding", {}).items():
         if key.endswith("workers"):
             lines.append(f"\nFeeding, {key}: {figures['pairs_per_s']} training pairs a second.\n")
+    lines += [
+        f"\n{name}, batch {size}: the host waits {sum(figures['host_waits'].values())} times in a step.\n"
+        for name, item in items.items()
+        for size, figures in item.get("batches", {}).items()
+        if figures.get("host_waits") is not None
+    ]
     missing = [name for name in _names() if name not in items]
     if missing:
         lines.append(f"\nNot measured: {', '.join(missing)}.\n")
@@ -63,13 +77,17 @@ def _device(found: Mapping[str, Any]) -> str:
 
 def _step(name: str, item: Mapping[str, Any], size: str, figures: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     share = figures["tflop_per_s"] / about["bf16_matmul_tflop_per_s"]
-    parts = sorted(figures["ms_by_part"].items(), key=lambda part: -part[1])[:3]
-    total = sum(figures["ms_by_part"].values())
-    most = ", ".join(f"{part.partition(':')[0]} {ms / total:.0%}" for part, ms in parts)
     return (
         f"| {name} | {item['crop']} px | {size} | {figures['ms_per_step']:.0f} | {figures['images_per_s']:.2f} | "
-        f"{figures['peak_gb']:.1f} GB | {share:.1%} | {most} |\n"
+        f"{figures['peak_gb']:.1f} GB | {share:.1%} | {_most(figures['ms_by_part'])} |\n"
     )
+
+
+def _most(parts: Mapping[str, float]) -> str:
+    """The three parts that take the most time."""
+    total = sum(parts.values())
+    longest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{part.partition(':')[0]} {ms / total:.0%}" for part, ms in longest)
 
 
 def _names() -> list[str]:

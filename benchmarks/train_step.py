@@ -148,7 +148,9 @@ class Waits:
     def begin(self) -> None:
         """Have torch warn at each wait."""
         self._recorder = warnings.catch_warnings(record=True)
-        self._caught = self._recorder.__enter__() or []
+        caught = self._recorder.__enter__()
+        assert caught is not None  # it records
+        self._caught = caught
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
 

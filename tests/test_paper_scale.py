@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,20 @@ def test_a_stage_is_made_again_for_the_item_that_needs_it(
     assert program.main([*call, "dnf_sr/kontext_nf2t"]) == 0
     assert called == [("dnf_sr/kontext_sft", (1, 2)), ("dnf_sr/kontext_sft", (1,)), ("dnf_sr/kontext_nf2t", (1,))]
     assert json.loads(path.read_text())["items"]["dnf_sr/kontext_sft"] == before
+
+
+def test_torchs_warnings_of_a_wait_are_counted_by_line(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    waits = importlib.import_module("train_step").Waits()
+    assert waits.end() is None
+    waits.begin()
+    for _ in range(2):
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally at x.cpp:1)", stacklevel=1)
+    warnings.warn("another warning", stacklevel=1)
+    ((place, count),) = (waits.end() or {}).items()
+    assert (place.split("/")[-1].split(":")[0], count) == ("test_paper_scale.py", 2)
+    assert modes == ["warn", "default"]
 
 
 @pytest.mark.gpu
