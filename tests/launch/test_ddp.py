@@ -202,7 +202,7 @@ def test_two_processes_are_one_with_an_option_too(case: str, long_runs: Path) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["nft_kl", "none", "horizontal"])
+@pytest.mark.parametrize("case", ["nft_kl", "text_cache", "none", "horizontal"])
 def test_a_resumed_run_is_the_one_that_went_on(case: str, long_runs: Path) -> None:
     fit = [*LONG_CASES[case].fit(long_runs / "half", 4), "--checkpoint.every_n_train_steps=1"]
     assert main([*fit, "--trainer.max_steps=1"]) == 0

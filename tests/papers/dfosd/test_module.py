@@ -606,7 +606,12 @@ class TestConfigs:
 
     @pytest.mark.parametrize("kind", ["pixel", "latent"])
     @pytest.mark.parametrize("d3sr", [True, False])
-    def test_the_optimiser_of_a_discriminator_from_scratch_makes_it_learn(self, d3sr: bool, kind: str) -> None:
+    @pytest.mark.parametrize(
+        "seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)]
+    )
+    def test_the_optimiser_of_a_discriminator_from_scratch_makes_it_learn(
+        self, seed: int, d3sr: bool, kind: str
+    ) -> None:
         """Real and fake differ in their mean; at the rate of sd21.yaml the loss stays at 2 ln 2 = 1.386."""
         base = [CONFIGS / "sd21.yaml", *([CONFIGS / "d3sr.yaml"] if d3sr else [])]
         overlay, paper = (
@@ -614,12 +619,12 @@ class TestConfigs:
             for files in ([*base, CONFIGS / f"ablations/d3sr/disc_{kind}.yaml"], [CONFIGS / "sd21.yaml"])
         )
         learns = {"pixel": self.loss_of_pixels, "latent": self.loss_of_latents}[kind]
-        assert learns({**overlay, "fused": False}) < 1.0
-        assert learns({**paper, "fused": False}) > 1.3
+        assert learns({**overlay, "fused": False}, seed) < 1.0
+        assert learns({**paper, "fused": False}, seed) > 1.3
 
     @staticmethod
-    def loss_of_pixels(settings: dict[str, Any]) -> float:
-        torch.manual_seed(0)
+    def loss_of_pixels(settings: dict[str, Any], seed: int) -> float:
+        torch.manual_seed(seed)
         network = PixelDiscriminator((16, 32))
         optimizer = torch.optim.AdamW(network.parameters(), **settings)
         for _ in range(300):
@@ -631,9 +636,9 @@ class TestConfigs:
         return float(loss.detach())
 
     @staticmethod
-    def loss_of_latents(settings: dict[str, Any]) -> float:
+    def loss_of_latents(settings: dict[str, Any], seed: int) -> float:
         """Noisy latents at all timesteps, the mean of the last 20 of 150 steps."""
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         network, losses = LatentDiscriminator(channels=(16, 32, 32)), []
         optimizer = torch.optim.AdamW(network.parameters(), **settings)
         for _ in range(150):
