@@ -55,9 +55,9 @@ def networks(full: bool) -> dict[str, tuple[nn.Module, Callable[[Any], Tensor]]]
     if not full:
         flux = load_diffusers_model(FluxTransformer2DModel, "tiny", "transformer")
         config = flux.config
-        told = FluxText(draw(1, 8, config.joint_attention_dim), draw(1, config.pooled_projection_dim))
+        embedded = FluxText(draw(1, 8, config.joint_attention_dim), draw(1, config.pooled_projection_dim))
         latents = draw(1, config.in_channels // 4, 16, 16)
-        found["FLUX transformer"] = (FluxDenoiser(flux), lambda net: net(latents, 0.5, told))
+        found["FLUX transformer"] = (FluxDenoiser(flux), lambda net: net(latents, 0.5, embedded))
     return found
 
 

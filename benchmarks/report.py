@@ -19,8 +19,8 @@ HEAD = """# Performance
 [benchmarks/paper_scale.py](../benchmarks/paper_scale.py), then `python benchmarks/report.py`. A second call measures
 what is missing. Networks have the paper's size and random weights, images are noise, one text is encoded and kept. A
 step holds everything that the configuration trains, discriminators and teachers too. TF32 is as torch and so `isr fit`
-have it, on in float32 convolutions; some rows have another setting in their name. Frozen denoisers are held in bfloat16,
-and the VAE works in float32, as configured ([precision](precision.md)).
+have it, on in float32 convolutions; some rows have another setting in their name. Frozen denoisers are held in
+bfloat16, and the VAE works in float32, as configured ([precision](precision.md)).
 """
 NONE = "\nNot yet measured on a GPU.\n"
 COLUMNS = (

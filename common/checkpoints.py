@@ -114,8 +114,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         nearest = next((parent for parent in path.parents if parent.is_dir()), Path("."))
-        beside = ", ".join(sorted(str(p.relative_to(nearest)) for p in nearest.rglob("*.ckpt"))[:5]) or "none"
-        raise FileNotFoundError(f"ckpt_path={path}: no such file; checkpoints under {nearest}: {beside}")
+        others = ", ".join(sorted(str(p.relative_to(nearest)) for p in nearest.rglob("*.ckpt"))[:5]) or "none"
+        raise FileNotFoundError(f"ckpt_path={path}: no such file; checkpoints under {nearest}: {others}")
     try:
         checkpoint: dict[str, Any] = read_tensors(path, mapped=True)
     except ValueError as error:

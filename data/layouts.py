@@ -25,7 +25,7 @@ Names = tuple[object, ...]
 
 _LQ_WORD = re.compile(r"(lr|lq)(bicubic|bic|bi|bd|dn|wild|unknown|mild|difficult)?(x?\d{1,2})?")
 _HQ_WORD = re.compile(r"(hr|hq|gt)(mod\d+|x?\d{1,3})?")
-_BESIDES = re.compile(
+_QUALIFIER = re.compile(
     r"bicubic|unknown|wild|mild|difficult|sub|x\d{1,2}|\d{1,2}x|srf\d"
 )  # in names of LQ or HQ folders
 _SCALE = re.compile(r"(?:^|[^a-z0-9]|lr|lq|bic|hr)x(\d{1,2})(?![0-9])|(?:^|[^a-z0-9])srf_?(\d)", re.IGNORECASE)
@@ -122,7 +122,7 @@ def _role(name: str) -> tuple[str, str] | None:
         return "lq", ""
     if len(roles) != 1:
         return None
-    other = [word for word in words if not any(map(re.fullmatch, (_LQ_WORD, _HQ_WORD, _BESIDES), [word] * 3))]
+    other = [word for word in words if not any(map(re.fullmatch, (_LQ_WORD, _HQ_WORD, _QUALIFIER), [word] * 3))]
     return roles.pop(), " ".join(other)
 
 

@@ -34,7 +34,7 @@ class Checkpoint(ModelCheckpoint):
         super().__init__(**kwargs)
         self.keep = keep
         self._last_step = self._share = 0
-        self._in_step = self._has_said = False
+        self._in_step = self._reported = False
 
     def _shares(self, trainer: Trainer) -> int:
         """Number of kept checkpoints that the run has passed."""
@@ -108,9 +108,9 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero and not self._has_said:
+        if trainer.is_global_zero and not self._reported:
             print(f"isr: {self._plan(trainer, Path(filepath).stat().st_size / 1e6)}", file=sys.stderr)
-        self._has_said = True
+        self._reported = True
 
     def _plan(self, trainer: Trainer, size: float) -> str:
         """A line on the checkpoints that are kept and their size, for checkpoints of `size` MB."""

@@ -235,8 +235,8 @@ def differing_versions(run: Path) -> list[str]:
         differing = sorted(key for key in taken.keys() | other.keys() if taken.get(key) != other.get(key))
         if taken and other and differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            said = ", ".join(f"{key}={other.get(key)}" for key in differing[:3])
-            found.append(f"{checkpoint.parents[1].name} has {said}{more}")
+            first = ", ".join(f"{key}={other.get(key)}" for key in differing[:3])
+            found.append(f"{checkpoint.parents[1].name} has {first}{more}")
     return found
 
 

@@ -60,7 +60,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     journal = Journal(part, settings)
     try:
         if shard.number == 1:
-            _say_inventory(options.source, paths, output)
+            _report_inventory(options.source, paths, output)
         mine = list(dict.fromkeys(paths))[shard.number - 1 :: shard.of]
         patches = cut(paths if shard.of == 1 else mine)
         progress = _Progress(patches, journal)
@@ -81,7 +81,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _say_inventory(source: str, paths: list[Path], output: Path) -> None:
+def _report_inventory(source: str, paths: list[Path], output: Path) -> None:
     """Print what the source holds, and write the names of files that are not used."""
     from data.inventory import Inventory, unused_files, write_unused
 
@@ -272,9 +272,9 @@ class _Progress:
         self._task = self._bar.add_task("", total=self._total, completed=self._before, text="")
 
     def __enter__(self) -> None:
-        self._start = self._said = time.monotonic()
+        self._start = self._printed = time.monotonic()
         self._bar.start()
-        self._say()
+        self._print()
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
@@ -285,14 +285,14 @@ class _Progress:
         now = time.monotonic()
         rate = self._new / max(now - self._start, 1e-9)
         self._bar.update(self._task, completed=self._before + self._new, text=f"{rate:.1f}/s, {self._skipped()}")
-        if now - self._said >= LINE_EVERY:
-            self._said = now
-            self._say(f", {rate:.1f}/s")
+        if now - self._printed >= LINE_EVERY:
+            self._printed = now
+            self._print(f", {rate:.1f}/s")
 
     def _skipped(self) -> str:
         return f"{len(self._patches.skipped)} images skipped"
 
-    def _say(self, rate: str = "") -> None:
+    def _print(self, rate: str = "") -> None:
         if self._bar.disable:
             print(
                 f"captioned {self._before + self._new} of {self._total}{rate}, {self._skipped()}",

@@ -228,8 +228,8 @@ class F2IDiffSR(RestorationModule):
             return Opened(load_unet(self.pretrained, self.unet_subfolder), None, {})
         if is_architecture_only():
             return Opened(load_unet(f"random:{self.architecture}"), None, {})
-        told = {} if self.kind == "text" else {"feature_tokens": self.feature_tokens, "feature_size": self.feature_size}
-        return open_foundation(self.foundation, self.kind, **told)
+        sizes = {"feature_tokens": self.feature_tokens, "feature_size": self.feature_size}
+        return open_foundation(self.foundation, self.kind, **(sizes if self.kind != "text" else {}))
 
     def _configure_condition(self, null_token: Tensor | None, width: int) -> None:
         self.condition: Condition
