@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
 import socket
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
@@ -88,6 +89,14 @@ def _escaped(char: str) -> str:
     if "\udc80" <= char <= "\udcff":  # Python's stand-in for a byte
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()
+
+
+def first_five(items: Iterable[object]) -> str:
+    """The first five of them for an error message, and how many more there are."""
+    rest = iter(items)
+    named = [printable(item) for item in itertools.islice(rest, 5)]
+    more = sum(1 for _ in rest)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def plain_name(name: str) -> str:

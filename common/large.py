@@ -33,7 +33,7 @@ from common.metrics import to_uint8
 from common.tiling import Blend, blend_window, pad_to_multiple, plan_tiles
 
 ColorFix = Literal["adain", "wavelet", "none"]
-Pixels = NDArray[np.uint8]
+PixelRows = NDArray[np.uint8]
 Band = tuple[int, int]  # first output row, and the one after the last
 
 BAND_PIXELS = 2**18
@@ -121,7 +121,7 @@ def upscale_large(
         elif color_fix == "wavelet":
             fixed = _wavelet(raw, reference, scale * height)
 
-        def rows() -> Iterator[Pixels]:
+        def rows() -> Iterator[PixelRows]:
             for band in bands:
                 yield to_uint8(fixed(band))[0].permute(1, 2, 0).contiguous().numpy()
                 step()
@@ -321,7 +321,7 @@ def _wavelet(
 # Files by rows
 
 
-def write_png_rows(path: str | Path, rows: Iterable[Pixels], height: int, width: int) -> None:
+def write_png_rows(path: str | Path, rows: Iterable[PixelRows], height: int, width: int) -> None:
     """Write a PNG from blocks of rows; the path holds either the whole file or what was there before.
 
     Rows are stored as differences to the row above, deflated by run lengths: ten times as fast as Pillow's default, and
@@ -352,11 +352,11 @@ def write_png_rows(path: str | Path, rows: Iterable[Pixels], height: int, width:
         file.write(_chunk(b"IEND", b""))
 
 
-def write_tiff_rows(path: str | Path, rows: Iterable[Pixels], height: int, width: int) -> None:
+def write_tiff_rows(path: str | Path, rows: Iterable[PixelRows], height: int, width: int) -> None:
     """Write a TIFF from blocks of rows: deflated strips of differences to the left pixel; as `write_png_rows` else."""
     import tifffile
 
-    def encoded(strip: Pixels) -> bytes:
+    def encoded(strip: PixelRows) -> bytes:
         strip[:, 1:] -= strip[:, :-1].copy()
         deflate = _deflate()
         return deflate.compress(strip.data) + deflate.flush()
@@ -378,7 +378,7 @@ def write_tiff_rows(path: str | Path, rows: Iterable[Pixels], height: int, width
         next(strips, None)  # tifffile takes no more strips than it needs, so this finds rows too many
 
 
-def _writer(target: Path) -> Callable[[Path, Iterable[Pixels], int, int], None]:
+def _writer(target: Path) -> Callable[[Path, Iterable[PixelRows], int, int], None]:
     writers = {".png": write_png_rows, ".tif": write_tiff_rows, ".tiff": write_tiff_rows}
     if target.suffix.lower() not in writers:
         raise ValueError(f"target={target} is of no kind that is written by rows; end its name in {', '.join(writers)}")
@@ -394,7 +394,7 @@ def _replacing(path: Path, recorded: bool = True) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _checked(path: str | Path, rows: Iterable[Pixels], height: int, width: int) -> Iterator[Pixels]:
+def _checked(path: str | Path, rows: Iterable[PixelRows], height: int, width: int) -> Iterator[PixelRows]:
     """The blocks, each of them looked at, and at the end their sum."""
     count = 0
     for block in rows:
@@ -407,9 +407,9 @@ def _checked(path: str | Path, rows: Iterable[Pixels], height: int, width: int) 
         raise ValueError(f"rows: got {count} for {path}; height={height} asks for as many")
 
 
-def _strips(rows: Iterable[Pixels]) -> Iterator[Pixels]:
+def _strips(rows: Iterable[PixelRows]) -> Iterator[PixelRows]:
     """Blocks of any number of rows to blocks of `_STRIP`, own memory, the last as many as are left."""
-    kept: list[Pixels] = []
+    kept: list[PixelRows] = []
     for block in rows:
         for row in block:
             kept.append(row)

@@ -1,4 +1,4 @@
-"""DataModules and their parts: images, degradations, datasets, benchmarks, embedded photos."""
+"""DataModules and their parts: images, sources, degradations, datasets, test sets, embedded photos."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from common.files import replacing
-from data.images import ImageError, Pixels, Window, image_size, read_image, require_pyarrow
+from data.decoding import ImageError, Pixels, image_size, read_image
+from data.sources import Window, require_pyarrow
 
 COLUMNS = ("image_path", *Window._fields, "prompt")
 
@@ -384,7 +385,7 @@ def check_manifest(path: Path, argument: str) -> None:
 
 
 def write_manifest(path: Path, keys: Sequence[Key], prompts: Mapping[Key, str]) -> None:
-    """Write captions as a manifest that `data.images.list_entries` reads; the path holds all of it or what was there.
+    """Write captions as a manifest that `data.sources.list_entries` reads; the path holds all of it or what was there.
 
     Args:
         path: A .parquet or .csv file.

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.images import read_image
+from data.decoding import Pixels, read_image
 from data.inventory import Inventory
 from data.photos import PHOTOS, Photo, Split
 
-Pixels = NDArray[np.uint8]
 Jitter = Literal["none", "gain", "colour"]
 
 

@@ -15,28 +15,28 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from common.files import distinct_names
-from data.benchmarks import folder_layout, load_benchmark, load_pairs
 from data.datasets import (
     DegradedCrops,
     Flips,
-    GivenPrompts,
     HQImages,
+    ImageSample,
     LQImages,
     OnError,
-    Prompts,
-    Sample,
     check_crop_size,
     check_on_error,
 )
 from data.degradations.config import DegradationConfig, preset
 from data.degradations.realesrgan import Degradation
-from data.images import Part
 from data.inventory import Inventory
-from data.layouts import Layout, PairFolders, match_pairs
+from data.layouts import Layout, PairFolders
+from data.pairing import match_pairs
 from data.photos import CAPTIONS, PHOTOS, photo_paths
+from data.prompts import GivenPrompts, Prompts
 from data.sampler import RankShare, StreamSampler
+from data.sources import Part
+from data.test_sets import folder_layout, load_pairs, load_test_set
 
-NamedSet = tuple[str, Dataset[Sample]]
+NamedSet = tuple[str, Dataset[ImageSample]]
 PairSource = str | PairFolders
 
 _SPLITS = ("train", "val", "test", "predict")
@@ -193,7 +193,7 @@ class SRData(LightningDataModule):
             self.train_degradation = self._degradation(train_degradation, "train_degradation")
         self.dataset_names: dict[str, list[str]] = {"val": [], "test": []}
         self.train_images: HQImages | None = None
-        self._sets: dict[str, list[Dataset[Sample]]] = {"val": [], "test": [], "predict": []}
+        self._sets: dict[str, list[Dataset[ImageSample]]] = {"val": [], "test": [], "predict": []}
 
     def _degradation(self, wanted: str | DegradationConfig, argument: str = "degradation") -> Degradation | None:
         """Degradation that makes LQ crops; None is bicubic. A preset uses the scale; own fields must name the same."""
@@ -261,10 +261,10 @@ class SRData(LightningDataModule):
         if not sources:
             raise ValueError("test=null leaves nothing to test; set data.init_args.test to a benchmark folder")
         prompts = self._prompts("test")
-        benchmarks = [load_benchmark(source, self.scale, prompts, self.on_pair_error) for source in sources]
+        benchmarks = [load_test_set(source, self.scale, prompts, self.on_pair_error) for source in sources]
         return _distinct([(benchmark.name, benchmark.images) for benchmark in benchmarks], sources)
 
-    def _predict_images(self) -> Dataset[Sample]:
+    def _predict_images(self) -> Dataset[ImageSample]:
         if self.predict is None:
             raise ValueError("predict=null leaves nothing to do; set data.init_args.predict to a folder of images")
         layout = folder_layout(Path(self.predict).expanduser(), self.scale, "predict")
@@ -401,7 +401,7 @@ class SRData(LightningDataModule):
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return int(getattr(total, "processed", total.completed))
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[ImageSample]:
         """Batches of the stream, from the run's position on."""
         if self.train_images is None:
             raise RuntimeError("train_dataloader was asked before setup('fit'); call setup('fit') first")
@@ -432,7 +432,7 @@ class SRData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _eval_loader(self, images: Any) -> DataLoader[Sample]:
+    def _eval_loader(self, images: Any) -> DataLoader[ImageSample]:
         return DataLoader(
             images,
             batch_size=1,  # sizes differ
@@ -442,15 +442,15 @@ class SRData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def val_dataloader(self) -> list[DataLoader[Sample]]:
+    def val_dataloader(self) -> list[DataLoader[ImageSample]]:
         """One loader a validation set, named by `dataset_names["val"]`; none without any."""
         return [self._eval_loader(images) for images in self._sets["val"]]
 
-    def test_dataloader(self) -> list[DataLoader[Sample]]:
+    def test_dataloader(self) -> list[DataLoader[ImageSample]]:
         """One loader a benchmark, named by `dataset_names["test"]`."""
         return [self._eval_loader(images) for images in self._sets["test"]]
 
-    def predict_dataloader(self) -> list[DataLoader[Sample]]:
+    def predict_dataloader(self) -> list[DataLoader[ImageSample]]:
         """One loader over the images to restore."""
         return [self._eval_loader(images) for images in self._sets["predict"]]
 
@@ -527,5 +527,5 @@ class Photos(SRData):
             return super()._test_sets()
         return [("photos", self._crops("test", self.test_seeds, self.test_crops))]
 
-    def _predict_images(self) -> Dataset[Sample]:
+    def _predict_images(self) -> Dataset[ImageSample]:
         return super()._predict_images() if self.predict else self._crops("test", 1, None)

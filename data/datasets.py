@@ -1,4 +1,4 @@
-"""Datasets: photos degraded on the fly, pairs, low-quality images alone, and fixed degraded crops.
+"""Datasets: photos degraded on the fly, low-quality images alone, and fixed degraded crops (pairs: `data.pairing`).
 
 Every sample is a dict with `lq` (3, h, w) and, where there is one, `hq` (3, s*h, s*w), both uint8 RGB; `prompt` str;
 `name` str; `index` int. Its random state comes from numbers of its own, never from the worker that makes it.
@@ -6,12 +6,9 @@ Every sample is a dict with `lq` (3, h, w) and, where there is one, `hq` (3, s*h
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,32 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.files import plain_name, printable
+from common.files import first_five
+from data.decoding import ImageError, Pixels, image_size, read_image, read_raster
 from data.degradations.realesrgan import Degradation, bicubic_downsample, sample_rng
-from data.images import (
-    Entries,
-    Entry,
-    ImageError,
-    Pixels,
-    Source,
-    Window,
-    first_five,
-    image_size,
-    is_image,
-    list_entries,
-    read_image,
-    read_raster,
-    read_table,
-    whole_entries,
-)
 from data.inventory import Inventory, unused_files
-from data.layouts import explicit, match_pairs
-from data.packed import Lookup, Packed, Paths, Picked, digests, numbered, path_texts
+from data.packed import Paths, Picked
+from data.prompts import GivenPrompts, Texts
 from data.rasters import Raster
 from data.sampler import SampleKey
-from data.textfiles import read_text
+from data.sources import Entries, Entry, Source, Window, list_entries, unique_names, whole_entries
 
-Sample = dict[str, Any]
+ImageSample = dict[str, Any]
 OnError = Literal["skip", "raise"]
 Flips = Literal["none", "horizontal", "all"]
 
@@ -81,170 +63,6 @@ def check_crop_size(crop_size: int, scale: int, argument: str = "crop_size") -> 
             f"{argument}={crop_size} is not a multiple of scale={scale}; "
             f"set {argument} to {max(1, crop_size // scale) * scale}"
         )
-
-
-def unique_names(paths: Sequence[Path], root: Path | None = None) -> Packed:
-    """A unique name for each file, used for its results.
-
-    Args:
-        paths: Distinct files.
-        root: The folder they were found in: its sub-folders stay in the names. None: the bare stem where that is
-            unique, otherwise with the folders below the common one.
-
-    Returns:
-        Names without extension; files of one stem (`a.png`, `a.jpg`) keep theirs. See `plain_name` for names with
-        line ends, with bytes that are not UTF-8, and for very long ones.
-    """
-    texts = path_texts(paths)
-    if root is None:
-        if len(np.unique(digests(_stem(os.path.basename(text)) for text in texts))) == len(paths):
-            return Packed(plain_name(_stem(os.path.basename(text))) for text in texts)
-        root = Path(os.path.commonpath({os.path.dirname(os.path.abspath(text)) for text in texts}))
-    top = os.path.join(os.path.abspath(root), "")
-
-    def relative() -> Iterator[str]:
-        return (os.path.abspath(text).removeprefix(top) for text in texts)
-
-    _, number = numbered(digests(map(_stem, relative())))
-    shared = np.bincount(number)[number] > 1
-
-    def names() -> Iterator[str]:
-        return (name if several else _stem(name) for name, several in zip(relative(), shared, strict=True))
-
-    unique = len(np.unique(digests(names()))) == len(paths)
-    return Packed(plain_name(name) for name in (names() if unique else relative()))
-
-
-def _stem(path: str) -> str:
-    """A path without its extension, as `Path.with_suffix("")`."""
-    folder, slash, name = path.rpartition("/")
-    dot = name.rfind(".")
-    return folder + slash + (name[:dot] if 0 < dot < len(name) - 1 else name)
-
-
-class Prompts:
-    """Prompts by image name, from a folder of texts or a table.
-
-    Args:
-        source: A folder (searched recursively) of `<image name>.txt`, or a csv or parquet file with the columns `name`
-            and `prompt`. Names are with or without sub-folders and image extension.
-        argument: Name of the user's argument, for messages.
-
-    Raises:
-        FileNotFoundError: The source does not exist.
-        ValueError: It holds no prompts, or two different ones for a name.
-    """
-
-    def __init__(self, source: str | Path, argument: str = "prompts") -> None:
-        self.source, self.argument = source, argument
-        path = Path(source).expanduser()
-        self._files: Paths | None = None
-        self._texts = Packed()
-        names = Packed()
-        if path.is_dir():
-            self._files = Paths(Packed(sorted(map(str, path.rglob("*.txt")))))
-            for file in self._files:
-                names.append(plain_name(file.relative_to(path).with_suffix("").as_posix()))
-        elif path.is_file():
-            columns, rows = read_table(path, argument)
-            if not {"name", "prompt"} <= set(columns):
-                raise ValueError(f"{argument}={source} has columns {', '.join(columns)}; it needs name and prompt")
-            for row in rows:
-                if row["prompt"] is not None:
-                    names.append(plain_name(self._bare(row["name"])))
-                    self._texts.append(row["prompt"])
-        else:
-            raise FileNotFoundError(f"{argument}={source} does not exist; give a folder of <name>.txt or a csv")
-        if not names:
-            raise ValueError(f"{argument}={source} holds no prompts; put one <name>.txt an image there")
-        self._places = Lookup(names)
-        self._check_one_each(names)
-
-    def _check_one_each(self, names: Sequence[str]) -> None:
-        """Refuse two different prompts for one name."""
-        first, number = numbered(digests(names))
-        for place in np.flatnonzero(first[number] != np.arange(len(names))).tolist():  # none of a folder
-            if self._texts[place] != self._texts[int(first[number[place]])]:
-                raise ValueError(f"{self.argument}={self.source} has two prompts for {names[place]}; keep one")
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files that hold them."""
-        return [Path(self.source).expanduser()] if self._files is None else self._files
-
-    @staticmethod
-    def _bare(name: str) -> str:
-        return os.path.splitext(name)[0] if is_image(name) else name
-
-    def _find(self, names: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the prompts of names without extension: by the whole name, and by its last part; -1 for none."""
-        whole, last = Packed(), Packed()
-        for name in names:
-            whole.append(name)
-            last.append(name.rsplit("/", 1)[-1])
-        return self._places.places(whole), self._places.places(last)
-
-    def require(self, names: Sequence[str]) -> None:
-        """Refuse names without a prompt.
-
-        Raises:
-            ValueError: Some have none, or several images share one by the last part of their names; the first five are
-                named.
-        """
-        whole, last = self._find(map(self._bare, names))
-        by_last = np.flatnonzero((whole < 0) & (last >= 0))
-        first, _ = numbered(digests(self._bare(names[i]) for i in by_last.tolist()))
-        places, number, images = np.unique(last[by_last[first]], return_inverse=True, return_counts=True)
-        shared = by_last[first][images[number] > 1].tolist() if len(places) else []
-        if shared:
-            raise ValueError(
-                f"{self.argument}={self.source} has one prompt for images of one name in different folders: "
-                f"{first_five(sorted(self._bare(names[i]) for i in shared))}; name them with their folders there"
-            )
-        missing = np.flatnonzero((whole < 0) & (last < 0)).tolist()
-        if missing:
-            raise ValueError(
-                f"{self.argument}={self.source} has no prompt for {len(missing)} of {len(names)} images: "
-                f"{first_five(names[i] for i in missing)}; add them or leave {self.argument} out"
-            )
-
-    def __getitem__(self, name: str) -> str:
-        (whole,), (last,) = self._find([self._bare(name)])
-        place = int(whole if whole >= 0 else last)
-        if place < 0:
-            raise KeyError(name)
-        if self._files is not None:
-            return read_text(self._files[place], self.argument).strip()
-        return self._texts[place]
-
-
-GivenPrompts = Prompts | Mapping[str, str] | None
-
-
-class Texts:
-    """The prompt of each image: its manifest's, else the one from `prompts`, else empty."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files that hold prompts, except manifests."""
-        return self.prompts.files if isinstance(self.prompts, Prompts) else []
-
-    def __init__(self, given: Sequence[str | None], names: Sequence[str], prompts: GivenPrompts) -> None:
-        self.given, self.names, self.prompts = given, names, prompts
-        if isinstance(prompts, Prompts):
-            lacking = np.fromiter((i for i, prompt in enumerate(given) if prompt is None), np.int64)
-            prompts.require(Picked(names, lacking))
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self.given)))
-
-    def __getitem__(self, index: int) -> str:
-        prompt = self.given[index]
-        if prompt is not None or self.prompts is None:
-            return prompt or ""
-        if isinstance(self.prompts, Prompts):
-            return self.prompts[self.names[index]]
-        return self.prompts.get(self.names[index], "")
 
 
 def degrade(hq: Pixels, degradation: Degradation | None, scale: int, rng: np.random.Generator) -> Pixels:
@@ -305,7 +123,7 @@ def _items(paths: Sequence[Path], factors: Mapping[str, Sequence[float]]) -> np.
     return items
 
 
-class HQImages(Dataset[Sample]):
+class HQImages(Dataset[ImageSample]):
     """Random crops of good photos, or of windows of them, with their degraded versions; keys come from StreamSampler.
 
     A photo smaller than the crop is continued at its right and lower edge by reflection, as the field's loaders do.
@@ -313,7 +131,7 @@ class HQImages(Dataset[Sample]):
     inventory.
 
     Args:
-        source: Photos, see `data.images.list_entries`. A manifest's row with a window (`top`, `left`, `side`) is that
+        source: Photos, see `data.sources.list_entries`. A manifest's row with a window (`top`, `left`, `side`) is that
             part of its photo, with that row's prompt; the crop is then taken within it.
         scale: Super-resolution factor.
         crop_size: Side of the HQ crop in px, a multiple of the scale, at most the side of every window.
@@ -440,7 +258,7 @@ class HQImages(Dataset[Sample]):
             crop = np.rot90(crop[:, ::-1] if mirrored else crop, turns)
         return np.ascontiguousarray(crop)
 
-    def __getitem__(self, key: SampleKey) -> Sample:
+    def __getitem__(self, key: SampleKey) -> ImageSample:
         epoch, index, position = key
         item, photo = self._readable_photo(index)
         rng = sample_rng(self.seed, epoch, index)  # of the key, so a replacement is another crop than that item's own
@@ -456,174 +274,13 @@ class HQImages(Dataset[Sample]):
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A low-quality file, its reference, and the name of both."""
-
-    lq: Path
-    hq: Path
-    name: str
-    prompt: str | None = None
-
-
-def _pairs_of_csv(table: Path, lq_dir: Path, hq_dir: Path) -> tuple[list[tuple[Path, Path, str | None]], list[str]]:
-    """Pairs of a csv with the columns lq and hq, relative to the two folders, and the files in it that do not exist."""
-    if not table.is_file():
-        raise FileNotFoundError(f"csv={table} does not exist; give a table with the columns lq and hq")
-    columns, rows = read_table(table, "csv")
-    if not {"lq", "hq"} <= set(columns):
-        raise ValueError(f"csv={table} has columns {', '.join(columns)}; it needs lq and hq")
-    pairs: list[tuple[Path, Path, str | None]] = []
-    complaints: list[str] = []
-    for row in rows:
-        lq, hq = lq_dir / row["lq"], hq_dir / row["hq"]
-        absent = [f"missing {path}" for path in (lq, hq) if not path.is_file()]
-        complaints += absent
-        if not absent:
-            pairs.append((lq, hq, row.get("prompt")))
-    return pairs, complaints
-
-
-class Pairs(Dataset[Sample]):
-    """Low-quality images with their references, whole, for validation and test.
-
-    Files are paired by name (equal stem; then without suffixes like _LR4 and _HR, x4, _x1) or by a csv, never by their
-    position in a listing. Names are those of the LQ files.
-
-    Args:
-        lq_dir: Folder of LQ images.
-        hq_dir: Folder of HQ images.
-        scale: Super-resolution factor.
-        csv: Table with the columns `lq` and `hq` (paths relative to the two folders) and optionally `prompt`; only
-            listed files are paired.
-        prompts: Prompts of the LQ images; without it they are empty.
-        on_error: Action for unreadable, unmatched and ambiguous files and pairs of a wrong size: "raise", or "skip"
-            and name them.
-        argument: Name of the user's argument, for messages.
-
-    Attributes:
-        sources: The folders whose files `inventory` counts.
-        layout: Their layout in the inventory.
-
-    Raises:
-        FileNotFoundError: A folder or the csv does not exist.
-        ValueError: Files do not pair up, or a pair's sizes do not fit the scale; the first five are named.
-    """
-
-    def __init__(
-        self,
-        lq_dir: str | Path,
-        hq_dir: str | Path,
-        scale: int = 4,
-        csv: str | Path | None = None,
-        prompts: GivenPrompts = None,
-        on_error: OnError = "raise",
-        argument: str = "test",
-    ) -> None:
-        check_on_error(on_error)
-        lq_root, hq_root = Path(lq_dir).expanduser(), Path(hq_dir).expanduser()
-        for side, folder in (("lq_dir", lq_root), ("hq_dir", hq_root)):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{side}={folder} is not a folder; give the folder of the images")
-        if csv is None:
-            matched, complaints = match_pairs(lq_root, hq_root, scale)
-            found: list[tuple[Path, Path, str | None]] = [(lq, hq, None) for lq, hq in matched]
-        else:
-            found, complaints = _pairs_of_csv(Path(csv).expanduser(), lq_root, hq_root)
-        where = f"lq_dir={lq_dir}, hq_dir={hq_dir}"
-        self.sources: list[Path] = [lq_root, hq_root]
-        self.layout = f"pairs of {lq_dir} and {hq_dir}" if csv is None else f"pairs of {csv}"
-        if complaints and on_error == "raise":
-            raise ValueError(
-                f"{where}: {len(complaints)} files do not pair up: {first_five(complaints)}; rename them, give "
-                f"csv=<table with columns lq,hq> ({explicit(lq_dir, hq_dir, argument)} with csv beside hq), or set "
-                "on_error=skip there"
-            )
-        self._broken: dict[Path, str] = {}
-        found = self._without_broken(found, scale, on_error)
-        complaints += self._broken.values()
-        if not found:
-            raise ValueError(f"{where}: no pairs found; name LQ and HQ files alike, or give csv=<table>")
-        if complaints:
-            log.warning("%s: skipped %d: %s", where, len(complaints), first_five(complaints))
-        self.scale, self.skipped = scale, complaints
-        lqs = [lq for lq, _, _ in found]
-        if len(set(lqs)) < len(lqs):
-            twice = [path for path, times in Counter(lqs).items() if times > 1]
-            raise ValueError(f"csv={csv} pairs {first_five(twice)} more than once; keep one pair each")
-        names = unique_names(lqs, lq_root if csv is None else None)
-        self.pairs = [Pair(lq, hq, name, prompt) for (lq, hq, prompt), name in zip(found, names, strict=True)]
-        self.texts = Texts([pair.prompt for pair in self.pairs], names, prompts)
-
-    def inventory(self, argument: str) -> Inventory:
-        """Inventory of the folders; an image without a partner is not used."""
-        used = [path for pair in self.pairs for path in (pair.lq, pair.hq)]
-        unused = unused_files(self.sources, [used, self.texts.files], self._broken, "is in no pair")
-        return Inventory(argument, self.sources, len(self.pairs), self.layout, unused, used)
-
-    def _without_broken(
-        self, found: list[tuple[Path, Path, str | None]], scale: int, on_error: OnError
-    ) -> list[tuple[Path, Path, str | None]]:
-        """Check that every pair can be read and has the right sizes."""
-        good: list[tuple[Path, Path, str | None]] = []
-        same: dict[Path, str] = {}
-        wrong: dict[Path, str] = {}
-        factors: set[float] = set()
-        for lq, hq, prompt in found:
-            try:
-                (lq_h, lq_w), (hq_h, hq_w) = (
-                    (image_size(path) if on_error == "raise" else read_image(path).shape[:2]) for path in (lq, hq)
-                )
-            except ImageError as error:
-                if on_error == "raise":
-                    raise
-                self._broken[lq if str(error).startswith(f"cannot read image {printable(lq)}: ") else hq] = str(error)
-                continue
-            if (hq_h, hq_w) == (lq_h * scale, lq_w * scale):
-                good.append((lq, hq, prompt))
-            elif (hq_h, hq_w) == (lq_h, lq_w):
-                same[lq] = f"{lq} ({lq_w}x{lq_h})"
-            else:
-                wrong[lq] = f"{lq} is {lq_w}x{lq_h}, {hq} is {hq_w}x{hq_h}"
-                factors |= {hq_h / lq_h, hq_w / lq_w}
-        if good and on_error == "skip":
-            self._broken |= wrong | same
-            return good
-        if same:
-            raise ValueError(
-                f"scale={scale}, but LQ has the size of HQ already in {len(same)} of {len(found)} pairs: "
-                f"{first_five(same.values())}; such sets hold LQ up-sampled beforehand: give the LQ folder at its own "
-                "size"
-            )
-        if wrong:
-            raise ValueError(
-                f"scale={scale} does not fit the sizes of {len(wrong)} of {len(found)} pairs: "
-                f"{first_five(wrong.values())}; set scale to the set's factor"
-                + (f", which is {factors.pop():g}" if len(factors) == 1 else ", or crop HQ to scale times LQ")
-            )
-        return good
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
-        return {
-            "lq": to_tensor(read_image(pair.lq)),
-            "hq": to_tensor(read_image(pair.hq)),
-            "prompt": self.texts[index],
-            "name": pair.name,
-            "index": index,
-        }
-
-
-class LQImages(Dataset[Sample]):
+class LQImages(Dataset[ImageSample]):
     """Low-quality images without reference, whole; samples have no `hq`.
 
     Names are unique: the path below the folder without extension, or with it where two files differ in that alone.
 
     Args:
-        source: Images, see `data.images.list_images`.
+        source: Images, see `data.sources.list_images`.
         prompts: Prompts of the images whose manifest gives none; without it theirs are empty.
         on_error: "raise" stops at a file without a readable header, and at a damaged one when its turn comes; "skip"
             reads all files beforehand, names the unreadable ones and continues without them.
@@ -697,7 +354,7 @@ class LQImages(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> ImageSample:
         return {
             "lq": to_tensor(read_image(self.paths[index])),
             "prompt": self.texts[index],
@@ -706,14 +363,14 @@ class LQImages(Dataset[Sample]):
         }
 
 
-class DegradedCrops(Dataset[Sample]):
+class DegradedCrops(Dataset[ImageSample]):
     """A fixed grid of crops of good photos, or of windows of them, each degraded under fixed seeds.
 
     The grid starts at the upper left; incomplete crops right and below are dropped. A crop's degradation depends
     on its name and its seed, so it stays the same when photos are added. For validation and test.
 
     Args:
-        paths: Photos by name, or a source as in `data.images.list_entries`. A manifest's row with a window (`top`,
+        paths: Photos by name, or a source as in `data.sources.list_entries`. A manifest's row with a window (`top`,
             `left`, `side`) is that part of its photo, with that row's prompt.
         crop_size: Side of an HQ crop in px, a multiple of the scale.
         seeds: Seeds of the degradations; each crop appears once for each seed.
@@ -849,7 +506,7 @@ class DegradedCrops(Dataset[Sample]):
     def __len__(self) -> int:
         return self._keep
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> ImageSample:
         entry, row, column, seed = self._place(index)
         (path, _, window), size = self.entries[entry], self.crop_size
         if self._last is None or self._last[0] != path:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from common.files import printable, replacing
+from common.files import first_five, printable, replacing
 from common.made import RECORD
-from data.images import Part, Source, first_five, is_hidden, is_image, walk
+from data.decoding import is_image
 from data.packed import Lookup, path_texts
+from data.sources import Part, Source, is_hidden, walk
 
 _NAMED = 4  # kinds of unused files that a line names
 
@@ -43,7 +44,7 @@ class Inventory:
 
     Args:
         argument: Name of the user's argument, e.g. `predict`.
-        source: Its value, as `data.images.list_entries` takes it; None for the embedded photos.
+        source: Its value, as `data.sources.list_entries` takes it; None for the embedded photos.
         images: Number of images that are used; a pair counts once.
         layout: Their layout, e.g. `pairs in test_LR and test_HR`.
         unused: Unused files and hidden folders -> reason.
@@ -117,7 +118,7 @@ def unused_files(
     """Find the unused files below the folders of a source.
 
     Args:
-        source: One source or several, as `data.images.list_entries` takes them; lists and images have no such files.
+        source: One source or several, as `data.sources.list_entries` takes them; lists and images have no such files.
         used: The files that are used, list by list.
         reasons: Files that are known not to be used -> reason.
         other: Reason for unused images that `reasons` does not name.

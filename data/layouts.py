@@ -18,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.images import ImageError, first_five, image_size, list_images, read_image, whole_entries
+from common.files import first_five
+from data.decoding import ImageError, image_size, read_image
 from data.packed import Packed, Paths, digests, numbered
+from data.pairing import HQ_STEM, LQ_STEM, explicit, match_pairs
+from data.sources import whole_entries
 
 Names = tuple[object, ...]
 
@@ -29,10 +32,6 @@ _QUALIFIER = re.compile(
     r"bicubic|unknown|wild|mild|difficult|sub|x\d{1,2}|\d{1,2}x|srf\d"
 )  # in names of LQ or HQ folders
 _SCALE = re.compile(r"(?:^|[^a-z0-9]|lr|lq|bic|hr)x(\d{1,2})(?![0-9])|(?:^|[^a-z0-9])srf_?(\d)", re.IGNORECASE)
-_LQ_STEM = re.compile(
-    r"(?P<base>.+?)(?:[_-](?:LR|LQ)(?:[_-]?x?(?P<a>\d{1,2}))?|[_-]?x(?P<b>[2-9]|1\d)[mdw]?\d?)$", re.I
-)
-_HQ_STEM = re.compile(r"(?P<base>.+?)(?:[_-](?:HR|HQ|GT)|_?x1)$", re.I)
 _TURN = re.compile(r"(?P<base>.+)[_-](?P<turn>[A-Za-z]\w*|x?\d{1,2}x?)$")
 _SPLITS = {"train": ("train", "training"), "val": ("valid", "val", "validation"), "test": ("test", "testing")}
 _DIFFERENT = "?"  # rest of the name, for LQ and HQ folders whose names differ otherwise, too
@@ -99,15 +98,6 @@ def find_layout(folder: Path, scale: int, argument: str) -> Layout | None:
     if found is None and argument != "predict":  # a prediction restores every image there
         _refuse_lookalikes(folder, files, argument)
     return found
-
-
-def explicit(lq: object, hq: object, argument: str) -> str:
-    """The two folders as values of this argument, for messages."""
-    if argument in {"val", "test"}:
-        return f"set data.init_args.{argument} to {{lq: {lq}, hq: {hq}}}"
-    if argument == "pairs":
-        return f"give --data a configuration whose data.init_args.test is {{lq: {lq}, hq: {hq}}}"
-    return f"give {hq if argument == 'train' else lq} alone"
 
 
 def _words(name: str) -> list[str]:
@@ -233,10 +223,10 @@ def _one_folder(folder: Path, files: Sequence[Path], scale: int, argument: str) 
     lqs: dict[Path, dict[int | None, Path]] = {}
     hqs: dict[Path, Path] = {}
     for file in files:
-        if lq := _LQ_STEM.match(file.stem):
+        if lq := LQ_STEM.match(file.stem):
             factor = lq["a"] or lq["b"]
             lqs.setdefault(file.with_name(lq["base"]), {})[int(factor) if factor else None] = file
-        elif hq := _HQ_STEM.match(file.stem):
+        elif hq := HQ_STEM.match(file.stem):
             hqs[file.with_name(hq["base"])] = file
     if not lqs:
         return None
@@ -363,83 +353,3 @@ def _thumbnail(path: Path) -> NDArray[np.float64]:
         return np.zeros((16, 16))
     pixels = np.asarray(grey.resize((16, 16), Image.Resampling.BOX), np.float64)
     return (pixels - pixels.mean()) / max(float(pixels.std()), 1.0)
-
-
-def _lq_base(stem: str, scale: int) -> str | None:
-    """Stem of an LQ image of this factor without its suffix: Canon_001 of Canon_001_LR4, 0001 of 0001x4."""
-    found = _LQ_STEM.match(stem)
-    factor = (found["a"] or found["b"]) if found else None
-    return found["base"] if found and factor in (None, str(scale)) else None
-
-
-def _hq_base(stem: str) -> str | None:
-    """Stem of an HQ image without its suffix: Canon_001 of Canon_001_HR, Canon_10 of Canon_10_x1."""
-    found = _HQ_STEM.match(stem)
-    return found["base"] if found else None
-
-
-def _in_one_folder(files: Sequence[Path], scale: int) -> tuple[list[Path], list[Path]]:
-    """LQ files of this factor and HQ files of a folder that holds both; those of other factors are left out."""
-    wanted: dict[Path, set[bool]] = {}  # stem without suffix -> True if its LQ files are of this factor
-    lqs, hqs = [], []
-    for file in files:
-        if found := _LQ_STEM.match(file.stem):
-            right = _lq_base(file.stem, scale) is not None
-            wanted.setdefault(file.with_name(found["base"]), set()).add(right)
-            lqs += [file] if right else []
-    named = {file: file.with_name(base) for file in files if (base := _hq_base(file.stem)) is not None}
-    hqs += [file for file, base in named.items() if wanted.get(base) != {False}]
-    bases = {base for base, rights in wanted.items() if True in rights} - set(named.values())
-    hqs += [file for file in files if file.with_suffix("") in bases]
-    return lqs, hqs
-
-
-def _by_stem(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    stems: dict[str, list[Path]] = {}
-    for file in files:
-        stems.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
-    return stems
-
-
-def match_pairs(lq_dir: Path, hq_dir: Path, scale: int) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Pair the files of two folders by name: equal stems first, then stems without the usual suffixes, in any case.
-
-    Both may be one folder (RealSR's own layout); then suffixes alone mark LQ and HQ.
-
-    Args:
-        lq_dir: Folder of LQ images.
-        hq_dir: Folder of HQ images.
-        scale: Super-resolution factor, part of some suffixes.
-
-    Returns:
-        (LQ, HQ) pairs in order of the LQ names, and a complaint about each file without a partner of its own.
-    """
-    lq_files = [path for path, _ in list_images(lq_dir, "lq_dir")]
-    hq_files = [path for path, _ in list_images(hq_dir, "hq_dir")]
-    if lq_dir.resolve() == hq_dir.resolve():
-        lq_files, hq_files = _in_one_folder(lq_files, scale)
-    lq_stems, hq_stems = _by_stem(lq_dir, lq_files), _by_stem(hq_dir, hq_files)
-
-    pairs: list[tuple[Path, Path]] = []
-    complaints: list[str] = []
-
-    def settle(lqs: list[Path], hqs: list[Path]) -> None:
-        if len(lqs) == len(hqs) == 1:
-            pairs.append((lqs[0], hqs[0]))
-        elif lqs and hqs:
-            complaints.append("ambiguous " + " / ".join(str(path) for path in (*lqs, *hqs)))
-        else:
-            side = "LQ without HQ" if lqs else "HQ without LQ"
-            complaints.extend(f"{side} {path}" for path in (*lqs, *hqs))
-
-    for stem in sorted(lq_stems.keys() & hq_stems.keys()):
-        settle(lq_stems.pop(stem), hq_stems.pop(stem))
-    lq_bases: dict[str, list[Path]] = {}
-    hq_bases: dict[str, list[Path]] = {}
-    for stem, files in lq_stems.items():
-        lq_bases.setdefault((_lq_base(stem, scale) or stem).casefold(), []).extend(files)
-    for stem, files in hq_stems.items():
-        hq_bases.setdefault((_hq_base(stem) or stem).casefold(), []).extend(files)
-    for base in sorted(lq_bases.keys() | hq_bases.keys()):
-        settle(lq_bases.get(base, []), hq_bases.get(base, []))
-    return sorted(pairs), complaints

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.images import bicubic_upsample
 from common.metrics import build_metric, to_uint8
-from data.images import Pixels
+from data.decoding import Pixels
 
 PairedSample = Mapping[str, Any]
 """`lq` (3,h,w) and `hq` (3,s*h,s*w), uint8 tensors; `name`: str."""

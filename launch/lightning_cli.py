@@ -38,7 +38,7 @@ from common.errors import one_line
 from common.files import inside
 from common.restoration import RestorationModule
 from common.training import TrainingModule
-from data.images import is_image
+from data.decoding import is_image
 from launch.callbacks import EndOnSignal, HoldFolder, InitFrom, KeepScores, RunInfo, SayInputs
 from launch.checkpoint import Checkpoint
 from launch.errors import UsageError

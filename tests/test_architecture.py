@@ -88,7 +88,7 @@ class TestImports:
         ("path", "source"),
         [
             ("common/x.py", "import papers"),
-            ("common/losses/x.py", "from data.images import read"),
+            ("common/losses/x.py", "from data.decoding import read"),
             ("common/x.py", "def f():\n    import launch.cli"),
             ("common/losses/x.py", "from ...papers import a"),
             ("data/x.py", "from papers.a.module import A"),
@@ -114,7 +114,7 @@ class TestImports:
             ),
             ("common/x.py", "def f():\n    import pyiqa, torchvision"),
             ("common/x.py", "if TYPE_CHECKING:\n    import torchvision"),
-            ("launch/x.py", "import papers.a, data.images, common.metrics"),
+            ("launch/x.py", "import papers.a, data.decoding, common.metrics"),
             ("data/x.py", "import common.images, datasets"),
         ],
     )

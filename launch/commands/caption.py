@@ -38,7 +38,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     from common.conditioning.captions import Captioner  # these take seconds, which --help need not
     from data.captions import Journal, Patches, Shard, check_manifest
-    from data.images import Part, list_images
+    from data.sources import Part, list_images
 
     check_manifest(output, "output")
     shard = Shard(*options.shard)
@@ -99,8 +99,8 @@ def _finish(
     Raises:
         ValueError: There is nothing to caption.
     """
+    from common.files import first_five
     from data.captions import joined, one_at_a_time, write_manifest
-    from data.images import first_five
 
     done: dict[Key, str] | None = journal.done
     with one_at_a_time(output.parent):

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningDataModule
 
 from common.datainfo import DataInfo
 from common.files import distinct_names
-from data.benchmarks import load_benchmark
 from data.datamodules import Photos
+from data.test_sets import load_test_set
 from data.textfiles import read_text
 from launch.errors import UsageError
 
@@ -99,7 +99,7 @@ def _benchmarks(folders: Sequence[Path], scale: int) -> list[ImageSet]:
     """
     if len({folder.expanduser().resolve() for folder in folders}) < len(folders):
         raise UsageError(f"pairs={', '.join(map(str, folders))} names one folder twice; leave one")
-    benchmarks = [load_benchmark(folder, scale, argument="pairs") for folder in folders]
+    benchmarks = [load_test_set(folder, scale, argument="pairs") for folder in folders]
     names = distinct_names([benchmark.name for benchmark in benchmarks], folders)
     return [ImageSet(name, benchmark.images, scale) for name, benchmark in zip(names, benchmarks, strict=True)]
 

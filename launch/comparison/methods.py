@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from common.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, trained_state
 from common.draws import own_random_state
 from common.errors import one_line
-from common.files import plain_name
+from common.files import first_five, plain_name
 from common.images import bicubic_upsample
 from common.metrics import to_uint8
 from common.restoration import RestorationModule
-from data.images import ImageError, Pixels, first_five, list_images, read_image
+from data.decoding import ImageError, Pixels, read_image
+from data.sources import list_images
 from launch.baselines import blurred, rounded
 from launch.comparison.inputs import Item
 from launch.errors import UsageError

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.metrics import BT601_LUMA
-from data.images import Pixels
+from data.decoding import Pixels
 from launch.comparison.statistics import CROP
 
 Pictures = Mapping[str, Mapping[str, Pixels | None]]

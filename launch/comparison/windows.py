@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.images import Pixels, read_image
+from data.decoding import Pixels, read_image
 from launch.comparison.inputs import Item
 from launch.comparison.pictures import Crop, Pictures, largest_differences, spread
 from launch.comparison.store import Record, digest

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from common.errors import one_line
 from common.metrics import MetricProtocol
-from data.images import ImageError, Pixels, read_image
+from data.decoding import ImageError, Pixels, read_image
 from launch.comparison import efficiency
 from launch.comparison.inputs import Item
 from launch.comparison.methods import Method

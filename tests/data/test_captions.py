@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.captions import Journal, Key, Patches, windows
-from data.images import Window
+from data.sources import Window
 
 
 class TestWindows:

@@ -16,8 +16,9 @@ from PIL import Image, ImageCms
 
 from data import colours
 from data.crops import GridCrops
-from data.datasets import DegradedCrops, HQImages, LQImages, Pairs
-from data.images import read_image
+from data.datasets import DegradedCrops, HQImages, LQImages
+from data.decoding import read_image
+from data.pairing import Pairs
 
 # Colorants adapted to D50, as the ICC's registry lists them
 ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))

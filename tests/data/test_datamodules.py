@@ -25,10 +25,11 @@ from PIL import Image
 
 import data
 from data import Photos, SRData
-from data.datasets import DegradedCrops, HQImages, LQImages, Pairs
+from data.datasets import DegradedCrops, HQImages, LQImages
 from data.degradations.config import DegradationConfig, preset
-from data.images import Part
+from data.pairing import Pairs
 from data.photos import CAPTIONS, PHOTOS
+from data.sources import Part
 
 
 def save(path: Path, height: int, width: int, seed: int = 0) -> Path:

@@ -1,8 +1,4 @@
-"""Contract of data.datasets and data.benchmarks.
-
-- A training sample is a function of (seed, epoch, index); workers, ranks and resumes do not change it.
-- Files are paired by name, never by position, and whatever does not fit is named.
-"""
+"""A training sample is a function of (seed, epoch, index); workers, ranks and resumes do not change it."""
 
 from __future__ import annotations
 
@@ -15,12 +11,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.benchmarks import load_benchmark
-from data.datasets import DegradedCrops, HQImages, LQImages, Pairs, Prompts, degrade, resize_by, unique_names
+from data.datasets import DegradedCrops, HQImages, LQImages, degrade, resize_by
+from data.decoding import ImageError, read_image
 from data.degradations.config import preset
 from data.degradations.realesrgan import Degradation, bicubic_downsample
-from data.images import ImageError, Part, read_image
+from data.prompts import Prompts
 from data.sampler import StreamSampler
+from data.sources import Part
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -236,165 +233,6 @@ class TestHQImages:
             degrade(noise(64, 64), Degradation(preset("osediff")), 2, np.random.default_rng(0))
 
 
-class TestPrompts:
-    def test_csv_names_may_have_extension_and_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "p.csv").write_text('name,prompt\na.png,"one, two"\nsub/b,three\n')
-        prompts = Prompts(tmp_path / "p.csv")
-        assert (prompts["a"], prompts["x/a.jpg"], prompts["sub/b"]) == ("one, two", "one, two", "three")
-        prompts.require(["a", "sub/b"])
-        with pytest.raises(KeyError):
-            prompts["b"]
-
-    def test_a_prompt_by_the_last_part_of_a_name_is_of_one_image_only(self, tmp_path: Path) -> None:
-        (tmp_path / "p.csv").write_text("name,prompt\ns1/a,one\na,two\n")
-        prompts = Prompts(tmp_path / "p.csv")
-        prompts.require(["s1/a.png", "s2/a.png"])
-        assert (prompts["s1/a"], prompts["s2/a"]) == ("one", "two")
-        with pytest.raises(ValueError, match=r"one prompt for images of one name .*: s2/a, s3/a; name them with"):
-            prompts.require(["s1/a", "s2/a", "s3/a"])
-
-    def test_missing_prompts_are_named(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_text("x")
-        with pytest.raises(ValueError, match=r"prompts=.* has no prompt for 6 of 7 images: b0, b1, b2, b3, b4 and 1"):
-            Prompts(tmp_path).require(["a", *(f"b{i}" for i in range(6))])
-
-    def test_errors_name_argument_value_and_fix(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"prompts=.*gone does not exist; give a folder of <name>\.txt"):
-            Prompts(tmp_path / "gone")
-        with pytest.raises(ValueError, match=r"prompts=.* holds no prompts; put one <name>\.txt"):
-            Prompts(tmp_path)
-        (tmp_path / "w.csv").write_text("file,text\na,b\n")
-        with pytest.raises(ValueError, match=r"has columns file, text; it needs name and prompt"):
-            Prompts(tmp_path / "w.csv")
-        (tmp_path / "d.csv").write_text("name,prompt\na.png,x\na.jpg,y\n")
-        with pytest.raises(ValueError, match=r"has two prompts for a; keep one"):
-            Prompts(tmp_path / "d.csv")
-
-
-def make_pairs(tmp_path: Path, names: dict[str, str], scale: int = 4) -> tuple[Path, Path]:
-    """LQ name -> HQ name; each pair has a colour of its own."""
-    for i, (lq, hq) in enumerate(names.items()):
-        save(tmp_path / "lq" / lq, np.full((4, 6, 3), 20 * i + 5, np.uint8))
-        save(tmp_path / "hq" / hq, np.full((4 * scale, 6 * scale, 3), 20 * i + 5, np.uint8))
-    return tmp_path / "lq", tmp_path / "hq"
-
-
-class TestPairs:
-    @pytest.mark.parametrize(
-        "names",
-        [
-            {"a.png": "a.png", "b.png": "b.jpg", "sub/a.png": "sub/a.png"},  # equal stems
-            {"Canon_001_LR4.png": "Canon_001_HR.png", "Nikon_1_LR4.png": "Nikon_1_HR.png"},  # RealSR v3
-            {"Canon_001_LR4.png": "Canon_001_LR4.png", "Canon_10_x1.png": "Canon_10_x1.png"},  # StableSR test sets
-            {"0001x4.png": "0001.png", "0002x4.png": "0002.png"},  # DIV2K
-            {"a_x4.png": "a_x1.png", "b_x4.png": "b_x1.png"},  # DRealSR
-            {"a_LQ.png": "a_GT.png", "b.png": "b_HQ.png"},
-            {"a.png": "A.png", "Img_lr4.PNG": "img_HR.png", "b.png": "b.png"},
-        ],
-    )
-    def test_usual_names_find_each_other(self, tmp_path: Path, names: dict[str, str]) -> None:
-        pairs = Pairs(*make_pairs(tmp_path, names))
-        assert len(pairs) == len(names)
-        for sample in (pairs[i] for i in range(len(pairs))):
-            assert sample["lq"].unique().tolist() == pytest.approx(sample["hq"].unique().tolist(), abs=1)
-        assert {pair.lq.name for pair in pairs.pairs} == {Path(name).name for name in names}
-        assert sorted(sample.name for sample in pairs.pairs) == sorted(
-            str(Path(name).with_suffix("")) for name in names
-        )
-
-    def test_sorted_position_would_pair_these_wrongly(self, tmp_path: Path) -> None:
-        # Sorted, LQ is a10_LR4, a1_LR4 ("0" < "_") but HQ is a1, a10: position pairs a10 with a1.
-        lq_dir, hq_dir = make_pairs(tmp_path, {"a1_LR4.png": "a1.png", "a10_LR4.png": "a10.png"})
-        by_position = list(zip(sorted(lq_dir.iterdir()), sorted(hq_dir.iterdir()), strict=True))
-        assert by_position[0][0].stem == "a10_LR4"
-        assert by_position[0][1].stem == "a1"
-        pairs = Pairs(lq_dir, hq_dir)
-        assert {(pair.lq.stem, pair.hq.stem) for pair in pairs.pairs} == {("a1_LR4", "a1"), ("a10_LR4", "a10")}
-        assert all(torch.equal(s["lq"].unique(), s["hq"].unique()) for s in (pairs[i] for i in range(2)))
-
-    def test_realsr_keeps_both_in_one_folder(self, tmp_path: Path) -> None:
-        for i in (1, 2):
-            save(tmp_path / f"Canon_00{i}_HR.png", noise(16, 16, i))
-            for scale in (2, 4):
-                save(tmp_path / f"Canon_00{i}_LR{scale}.png", noise(16 // scale, 16 // scale, i))
-        for scale in (2, 4):
-            pairs = Pairs(tmp_path, tmp_path, scale)
-            assert [(pair.lq.stem, pair.hq.stem) for pair in pairs.pairs] == [
-                (f"Canon_00{i}_LR{scale}", f"Canon_00{i}_HR") for i in (1, 2)
-            ]
-
-    def test_unmatched_files_are_named_or_skipped(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png"})
-        for i in range(6):
-            save(lq_dir / f"x{i}.png", noise(4, 6))
-        save(hq_dir / "y.png", noise(16, 24))
-        with pytest.raises(ValueError, match=r"lq_dir=.*lq, hq_dir=.*hq: 7 files do not pair up") as caught:
-            Pairs(lq_dir, hq_dir)
-        assert "LQ without HQ" in str(caught.value)
-        assert "x4.png and 2 more; rename them, give csv=" in str(caught.value)
-        with caplog.at_level(logging.WARNING):
-            pairs = Pairs(lq_dir, hq_dir, on_error="skip")
-        assert [pair.name for pair in pairs.pairs] == ["a"]
-        assert len(pairs.skipped) == 7
-        assert "skipped 7" in caplog.text
-
-    def test_ambiguous_files_are_named(self, tmp_path: Path) -> None:
-        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png", "b_LR4.png": "b_HR.png"})
-        save(hq_dir / "a.jpg", noise(16, 24))
-        save(hq_dir / "b_GT.png", noise(16, 24))
-        with pytest.raises(ValueError, match=r"2 files do not pair up: ambiguous .*lq/a.png / .*ambiguous .*lq/b_LR4"):
-            Pairs(lq_dir, hq_dir)
-        with pytest.raises(ValueError, match="no pairs found; name LQ and HQ files alike, or give csv="):
-            Pairs(lq_dir, hq_dir, on_error="skip")
-
-    def test_csv_overrules_names(self, tmp_path: Path) -> None:
-        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "b.png", "b.png": "a.png"})
-        (tmp_path / "pairs.csv").write_text("lq,hq,prompt\nb.png,a.png,second\na.png,b.png,first\n")
-        pairs = Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
-        assert [pairs[i]["prompt"] for i in range(2)] == ["second", "first"]
-        assert all(torch.equal(s["lq"].unique(), s["hq"].unique()) for s in (pairs[i] for i in range(2)))
-        (tmp_path / "pairs.csv").write_text("lq,hq\nb.png,gone.png\n")
-        with pytest.raises(ValueError, match=r"1 files do not pair up: missing .*hq/gone\.png"):
-            Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
-        (tmp_path / "pairs.csv").write_text("lq,hq\nb.png,a.png\nb.png,b.png\n")
-        with pytest.raises(ValueError, match=r"csv=.*pairs\.csv pairs .*lq/b\.png more than once; keep one"):
-            Pairs(lq_dir, hq_dir, csv=tmp_path / "pairs.csv")
-
-    def test_wrong_size_names_file_and_both_sizes(self, tmp_path: Path) -> None:
-        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png", "b.png": "b.png"})
-        save(hq_dir / "b.png", noise(15, 24))
-        with pytest.raises(
-            ValueError,
-            match=r"scale=4 does not fit the sizes of 1 of 2 pairs: .*lq/b\.png is 6x4, .*hq/b\.png is 24x15",
-        ):
-            Pairs(lq_dir, hq_dir)
-        with pytest.raises(ValueError, match=r"scale=2 does not fit.*set scale to the set's factor"):
-            Pairs(lq_dir, hq_dir, scale=2)
-
-    def test_lq_at_the_size_of_hq_is_said_to_be_up_sampled(self, tmp_path: Path) -> None:
-        save(tmp_path / "lq" / "a.png", noise(16, 24))
-        save(tmp_path / "hq" / "a.png", noise(16, 24))
-        with pytest.raises(ValueError, match=r"LQ has the size of HQ already in 1 of 1 pairs: .*a\.png \(24x16\).*own"):
-            Pairs(tmp_path / "lq", tmp_path / "hq")
-
-    def test_corrupt_file_is_fatal_or_skipped_and_named(self, tmp_path: Path) -> None:
-        lq_dir, hq_dir = make_pairs(tmp_path, {"a.png": "a.png", "b.png": "b.png"})
-        (hq_dir / "b.png").write_text("no image")
-        with pytest.raises(ImageError, match=r"hq/b\.png"):
-            Pairs(lq_dir, hq_dir)
-        pairs = Pairs(lq_dir, hq_dir, on_error="skip")
-        assert [pair.name for pair in pairs.pairs] == ["a"]
-        assert "hq/b.png" in pairs.skipped[0]
-
-    def test_missing_folder_is_named(self, tmp_path: Path) -> None:
-        save(tmp_path / "lq" / "a.png", noise(4, 4))
-        with pytest.raises(FileNotFoundError, match=r"hq_dir=.*hq is not a folder; give"):
-            Pairs(tmp_path / "lq", tmp_path / "hq")
-        (tmp_path / "hq").mkdir()
-        with pytest.raises(ValueError, match=r"hq_dir=.*hq holds no images; put"):
-            Pairs(tmp_path / "lq", tmp_path / "hq")
-
-
 class TestLQImages:
     def test_whole_image_without_reference(self, tmp_path: Path) -> None:
         image = noise(7, 5)
@@ -412,10 +250,6 @@ class TestLQImages:
         assert LQImages(tmp_path / "l.txt").names == ["b.v2", "b"]
         (tmp_path / "l.txt").write_text("sub/../b.png\nsub/a.png\na.png\n")
         assert LQImages(tmp_path / "l.txt").names == ["b", "sub/a", "a"]
-
-    def test_name_with_extension_never_meets_a_stem(self) -> None:
-        names = unique_names([Path("/x/a.png"), Path("/x/a.jpg"), Path("/x/a.png.bmp")], Path("/x"))
-        assert len(set(names)) == 3
 
     def test_unreadable_files_stop_or_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         save(tmp_path / "a.png", noise(4, 4))
@@ -518,32 +352,3 @@ class TestDegradedCrops:
             DegradedCrops(tmp_path, 32, [], None)
         with pytest.raises(ValueError, match="max_crops=0 leaves no crops; set max_crops >= 1 or null"):
             DegradedCrops(tmp_path, 32, [0], None, max_crops=0)
-
-
-class TestBenchmark:
-    def test_stablesr_layout_gives_pairs_and_the_folders_name(self, tmp_path: Path) -> None:
-        save(tmp_path / "RealSR" / "test_LR" / "a.png", noise(4, 4))
-        save(tmp_path / "RealSR" / "test_HR" / "a.png", noise(16, 16))
-        benchmark = load_benchmark(f"{tmp_path}/RealSR/", 4)
-        assert benchmark.name == "RealSR"
-        assert isinstance(benchmark.images, Pairs)
-
-    def test_folder_of_images_gives_lq_only(self, tmp_path: Path) -> None:
-        save(tmp_path / "RealSet80" / "a.JPG", noise(4, 4))
-        benchmark = load_benchmark(tmp_path / "RealSet80", 4)
-        assert benchmark.name == "RealSet80"
-        assert isinstance(benchmark.images, LQImages)
-
-    def test_half_a_benchmark_a_folder_of_them_and_no_folder_are_refused(self, tmp_path: Path) -> None:
-        save(tmp_path / "half" / "test_LR" / "a.png", noise(4, 4))
-        with pytest.raises(
-            FileNotFoundError, match=r"test=.*half has test_LR but no test_HR; add it, or give .*test_LR"
-        ):
-            load_benchmark(tmp_path / "half", 4)
-        for name in ("half", "other"):
-            save(tmp_path / name / "test_LR" / "a.png", noise(4, 4))
-            save(tmp_path / name / "test_HR" / "a.png", noise(16, 16))
-        with pytest.raises(ValueError, match=r"test=.* holds 2 sets of pairs: half/test_LR with half/test_HR, other/"):
-            load_benchmark(tmp_path, 4)
-        with pytest.raises(FileNotFoundError, match=r"test=.*gone is not a folder; give one with test_LR and test_HR"):
-            load_benchmark(tmp_path / "gone", 4)

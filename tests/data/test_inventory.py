@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.benchmarks import load_benchmark
 from data.datamodules import Photos, SRData
-from data.datasets import DegradedCrops, HQImages, LQImages, Pairs, Prompts
+from data.datasets import DegradedCrops, HQImages, LQImages
 from data.inventory import Inventory, write_unused
+from data.pairing import Pairs
+from data.prompts import Prompts
+from data.test_sets import load_test_set
 
 
 def save(path: Path, height: int = 8, width: int = 8) -> Path:
@@ -94,7 +96,7 @@ def test_a_benchmark_names_images_without_partner_and_other_folders(tmp_path: Pa
     for name in ("test_LR/a.png", "test_LR/alone.png", "test_bicubic/a.png"):
         save(tmp_path / name)
     save(tmp_path / "test_HR" / "a.png", 32, 32)
-    inventory = load_benchmark(tmp_path, 4, on_error="skip").images.inventory("test")
+    inventory = load_test_set(tmp_path, 4, on_error="skip").images.inventory("test")
     assert (inventory.images, inventory.layout) == (1, "pairs in test_LR and test_HR")
     reason = "is in no pair"
     assert names(inventory, tmp_path) == {"test_LR/alone.png": reason, "test_bicubic/a.png": reason}

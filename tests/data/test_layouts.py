@@ -14,9 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data import SRData
-from data.benchmarks import load_benchmark
-from data.datasets import DegradedCrops, LQImages, Pairs
+from data.datasets import DegradedCrops, LQImages
 from data.layouts import PairFolders, find_layout
+from data.pairing import Pairs
+from data.test_sets import load_test_set
 
 
 def scene(seed: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -93,7 +94,7 @@ LAYOUTS: dict[str, dict[str, tuple[int, int]]] = {
 def test_every_layout_gives_its_pairs_in_test_and_validation(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path / "set", LAYOUTS[name])
     for argument in ("test", "val", "pairs"):
-        images = load_benchmark(folder, 4, argument=argument).images
+        images = load_test_set(folder, 4, argument=argument).images
         assert isinstance(images, Pairs)
         assert len(images) == 2
         assert len(images.layout) > len("pairs in ")
@@ -211,7 +212,7 @@ def test_what_looks_paired_and_is_not_understood_is_refused(
 ) -> None:
     folder = make(tmp_path / "set", files)
     with pytest.raises(ValueError, match=rf"test={folder} {message}"):
-        load_benchmark(folder, 4)
+        load_test_set(folder, 4)
     with pytest.raises(ValueError, match=rf"train={folder} "):
         find_layout(folder, 4, "train")
 
@@ -257,6 +258,6 @@ def test_pairs_of_another_factor_are_named_with_it(tmp_path: Path) -> None:
     source = PairFolders(str(folder / "LR"), str(folder / "HR"))
     for one in (str(folder), source):
         with pytest.raises(ValueError, match=r"scale=4 does not fit .* 24x16, .* 48x32; set scale .*, which is 2"):
-            load_benchmark(one, 4)
-        assert isinstance(load_benchmark(one, 2).images, Pairs)
-    assert isinstance(load_benchmark(folder / "LR", 4).images, LQImages)
+            load_test_set(one, 4)
+        assert isinstance(load_test_set(one, 2).images, Pairs)
+    assert isinstance(load_test_set(folder / "LR", 4).images, LQImages)

@@ -15,9 +15,10 @@ from PIL import Image
 
 from common.files import plain_name
 from data.datamodules import SRData
-from data.datasets import DegradedCrops, HQImages, LQImages, Prompts, unique_names
-from data.images import Entry, Part, Window, list_entries
+from data.datasets import DegradedCrops, HQImages, LQImages
 from data.packed import Lookup, Packed, Picked, digests, numbered
+from data.prompts import Prompts
+from data.sources import Entry, Part, Window, list_entries, unique_names
 from data.textfiles import read_csv, read_lines
 
 ODD = ["", "a", "\x00", "\udcff.png", "\ud800", "\u7167\u7247", "a\nb", "a", "\U0001f600"]

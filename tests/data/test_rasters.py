@@ -14,7 +14,7 @@ import pytest
 import tifffile
 
 from data import rasters
-from data.images import ImageError, image_size, read_image
+from data.decoding import ImageError, image_size, read_image
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 CHANNELS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.datasets import Prompts
-from data.images import list_entries, list_images
+from data.prompts import Prompts
+from data.sources import list_entries, list_images
 from launch.comparison.inputs import open_sets
 
 ENCODINGS = {

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.images import Pixels
+from data.decoding import Pixels
 from launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]

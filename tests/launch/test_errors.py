@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from data.images import ImageError
+from data.decoding import ImageError
 from launch.errors import UsageError, report
 
 

@@ -21,8 +21,9 @@ from common.files import plain_name
 from common.images import bicubic_upsample
 from common.restoration import Inference, RestorationModule
 from data.datamodules import SRData
-from data.datasets import LQImages, Prompts
-from data.images import read_image
+from data.datasets import LQImages
+from data.decoding import read_image
+from data.prompts import Prompts
 from launch.comparison import compare
 
 NAMES = [

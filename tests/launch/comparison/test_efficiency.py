@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.images import Pixels
+from data.decoding import Pixels
 from launch.comparison.efficiency import measure
 from launch.comparison.inputs import Item
 from launch.comparison.methods import Method

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from common.pyiqa import MetricUnavailableError
-from data.images import read_image
+from data.decoding import read_image
 from launch.comparison import compare, measures
 
 from ..conftest import NAMES, QUICK, luma, photo

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from common.files import folder_name
-from data.images import read_image
+from data.decoding import read_image
 from launch.cli import main
 from launch.comparison import compare
 from launch.errors import UsageError

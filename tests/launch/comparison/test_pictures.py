@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.images import Pixels
+from data.decoding import Pixels
 from launch.comparison.pictures import draw_grid, largest_differences, spread
 
 from ..conftest import photo

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.images import Pixels
+from data.decoding import Pixels
 from launch.comparison import compare, measures
 from launch.comparison.inputs import Item
 from launch.comparison.methods import Baseline

@@ -1,4 +1,4 @@
-"""Benchmark folders: pairs in one of the known layouts, or low-quality images alone."""
+"""Test sets: folders of pairs in one of the known layouts, or low-quality images alone."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import plain_name
-from data.datasets import GivenPrompts, LQImages, OnError, Pairs
+from data.datasets import LQImages, OnError
 from data.layouts import Layout, PairFolders, find_layout
+from data.pairing import Pairs
+from data.prompts import GivenPrompts
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A benchmark's name (its folder's) and images: Pairs with references, or LQImages without."""
+class ImageSet:
+    """A set's name (its folder's) and images: Pairs with references, or LQImages without."""
 
     name: str
     images: Pairs | LQImages
 
 
-def load_benchmark(
+def load_test_set(
     source: str | Path | PairFolders,
     scale: int,
     prompts: GivenPrompts = None,
     on_error: OnError = "raise",
     argument: str = "test",
-) -> Benchmark:
-    """Open a benchmark.
+) -> ImageSet:
+    """Open a test set.
 
     Args:
         source: A folder of pairs in one of the layouts of `data.layouts`, a folder of LQ images, or two folders.
@@ -52,15 +54,15 @@ def load_benchmark(
         raise FileNotFoundError(
             f"{argument}={source} is not a folder; give one with test_LR and test_HR, or one of LQ images"
         )
-    return Benchmark(_name(folder), LQImages(folder, prompts, on_error, argument))
+    return ImageSet(_name(folder), LQImages(folder, prompts, on_error, argument))
 
 
 def load_pairs(
     source: str | Path | PairFolders, scale: int, prompts: GivenPrompts, on_error: OnError, argument: str
-) -> Benchmark | None:
-    """Open a benchmark that holds pairs; None if the source holds none. Arguments, errors: see `load_benchmark`."""
+) -> ImageSet | None:
+    """Open a test set that holds pairs; None if the source holds none. Arguments, errors: see `load_test_set`."""
     if isinstance(source, PairFolders):
-        return Benchmark(
+        return ImageSet(
             _name(source.place), Pairs(source.lq, source.hq, scale, source.csv, prompts, on_error, argument)
         )
     folder = Path(source).expanduser()
@@ -69,7 +71,7 @@ def load_pairs(
         return None
     pairs = Pairs(layout.lq, layout.hq, scale, None, prompts, on_error, argument)
     pairs.sources, pairs.layout = [folder], layout.name
-    return Benchmark(_name(folder), pairs)
+    return ImageSet(_name(folder), pairs)
 
 
 def folder_layout(folder: Path, scale: int, argument: str) -> Layout | None:

@@ -1,8 +1,4 @@
-"""Reading of image files: any file of a folder becomes uint8 RGB, or an error that names the file.
-
-Colour profiles are applied only here: `read_image` always returns sRGB. The field's own loaders ignore the profile and
-take a file's numbers as sRGB.
-"""
+"""Sources of images: folders, lists and manifests become entries of files, windows of photos and prompts."""
 
 from __future__ import annotations
 
@@ -19,20 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from common.errors import one_line
-from common.files import printable
-from data.colours import Pixels as Pixels
-from data.packed import Lazy, Packed, Paths, Picked, digests, numbered
-from data.rasters import MOST_TEXT, Raster, decode, size_of
+from common.files import first_five, plain_name
+from data.decoding import IMAGE_EXTENSIONS, is_image
+from data.packed import Lazy, Packed, Paths, Picked, digests, numbered, path_texts
 from data.textfiles import read_csv, read_lines
 
 log = logging.getLogger(__name__)
-
-IMAGE_EXTENSIONS = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}
-)
 _META_INFO_SIZE = re.compile(r"\s+\(\d+,\s*\d+(,\s*\d+)?\)$")  # BasicSR meta_info: "name.png (480,480,3)"
 
 
@@ -168,101 +157,9 @@ class Entries(Lazy[Entry]):
         return None if self.windows is None else int(self.windows[self.windows[:, 2] > 0, 2].min())
 
 
-class ImageError(ValueError):
-    """A file that is not a readable image; the message names it and the reason."""
-
-
-def is_image(path: str | Path) -> bool:
-    """True if the name ends like an image file, in upper or lower case."""
-    return os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
-
-
 def is_hidden(name: str) -> bool:
     """True if listings leave out a folder's entry: dot-files, and the files that macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
-
-
-def first_five(items: Iterable[object]) -> str:
-    """The first five of them for an error message, and how many more there are."""
-    rest = iter(items)
-    named = [printable(item) for item in itertools.islice(rest, 5)]
-    more = sum(1 for _ in rest)
-    return ", ".join(named) + (f" and {more} more" if more else "")
-
-
-def _image_error(path: str | Path, reason: object) -> ImageError:
-    text = one_line(reason)
-    return ImageError(f"cannot read image {printable(path)}: {text}; replace the file or take it out of the set")
-
-
-def _bytes(path: str | Path) -> bytes:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise _image_error(path, error.strerror or error) from error
-    if not data:
-        raise _image_error(path, "the file is empty")
-    return data
-
-
-def read_raster(path: str | Path) -> Raster:
-    """Decode an image file of any common kind, with the colours that its profile describes; `rgb` makes them sRGB.
-
-    Orientation is applied. An animation gives its first frame, a file of several pages its first page.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ImageError: The file is missing, empty, truncated, not an image, too large for the free memory, or of a kind
-            that is refused; the message names the file and the reason.
-    """
-    data = _bytes(path)
-    try:
-        return decode(data, path)
-    except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        raise _image_error(path, _reason(error)) from error
-
-
-def _reason(error: Exception) -> object:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image PIL can identify"
-    if "MAX_TEXT" in str(error):  # PIL's message advises to change its constant
-        return f"its texts or its colour profile take more than {MOST_TEXT} bytes; save it without them"
-    return error
-
-
-def read_image(path: str | Path) -> Pixels:
-    """Read any common image file as 8-bit sRGB.
-
-    Orientation is applied. Grey, palette, CMYK and grey-alpha files become RGB. Colours are converted from the file's
-    profile to sRGB; a file without one is sRGB already. Transparent pixels are composited over white, as
-    viewers do; dropping alpha would show colours that are meant to be hidden. 16-bit values are divided by 257 and
-    rounded. An animation gives its first frame.
-
-    Args:
-        path: The file.
-
-    Returns:
-        (H, W, 3) uint8, RGB, own and writable memory.
-
-    Raises:
-        ImageError: As for `read_raster`; 32-bit pixels are refused, for instance.
-    """
-    return np.array(read_raster(path).rgb(), dtype=np.uint8, order="C")
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width in px of what `read_image` gives; most kinds need only their header read.
-
-    Raises:
-        ImageError: The header cannot be read, or it shows that `read_image` refuses the file.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return size_of(file)
-    except Exception as error:  # as in read_raster
-        raise _image_error(path, _reason(error)) from error
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -453,3 +350,42 @@ def list_images(source: Source, argument: str = "source") -> list[tuple[Path, st
         (path, prompt) in a fixed order; the prompt is None where the source gives none.
     """
     return [(entry.path, entry.prompt) for entry in whole_entries(source, argument)]
+
+
+def unique_names(paths: Sequence[Path], root: Path | None = None) -> Packed:
+    """A unique name for each file, used for its results.
+
+    Args:
+        paths: Distinct files.
+        root: The folder they were found in: its sub-folders stay in the names. None: the bare stem where that is
+            unique, otherwise with the folders below the common one.
+
+    Returns:
+        Names without extension; files of one stem (`a.png`, `a.jpg`) keep theirs. See `plain_name` for names with
+        line ends, with bytes that are not UTF-8, and for very long ones.
+    """
+    texts = path_texts(paths)
+    if root is None:
+        if len(np.unique(digests(_stem(os.path.basename(text)) for text in texts))) == len(paths):
+            return Packed(plain_name(_stem(os.path.basename(text))) for text in texts)
+        root = Path(os.path.commonpath({os.path.dirname(os.path.abspath(text)) for text in texts}))
+    top = os.path.join(os.path.abspath(root), "")
+
+    def relative() -> Iterator[str]:
+        return (os.path.abspath(text).removeprefix(top) for text in texts)
+
+    _, number = numbered(digests(map(_stem, relative())))
+    shared = np.bincount(number)[number] > 1
+
+    def names() -> Iterator[str]:
+        return (name if several else _stem(name) for name, several in zip(relative(), shared, strict=True))
+
+    unique = len(np.unique(digests(names()))) == len(paths)
+    return Packed(plain_name(name) for name in (names() if unique else relative()))
+
+
+def _stem(path: str) -> str:
+    """A path without its extension, as `Path.with_suffix("")`."""
+    folder, slash, name = path.rpartition("/")
+    dot = name.rfind(".")
+    return folder + slash + (name[:dot] if 0 < dot < len(name) - 1 else name)
