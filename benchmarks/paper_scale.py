@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from train_step import Measured, Parts, Steps, measure
 
+from common.loading import random_on_device
 from common.precision import TestPrecision
-from common.pretrained import random_on_device
 from common.restoration import RestorationModule
 from launch.parameters import parse
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from common.conditioning.features import DinoFeatures
 from common.denoisers.flux import FluxDenoiser, FluxText
+from common.loading import load_diffusers_model, load_text_encoder, load_unet, load_vae
 from common.precision import computing, hold
-from common.pretrained import load_diffusers_model, load_text_encoder, load_unet, load_vae
 
 CPU = torch.device("cpu")
 COLUMNS = (("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float16"))

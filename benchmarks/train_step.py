@@ -44,8 +44,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.autoencoder import ImageCodec
+from common.loading import random_on_device
 from common.metrics import to_uint8
-from common.pretrained import random_on_device
 from common.restoration import RestorationModule
 from common.training import Batch
 from launch.parameters import parse

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from common.loading import drawing_weights
 from common.parameters import is_lora
-from common.pretrained import drawing_weights
 
 ATTENTION_TARGETS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 """The four projections of every attention layer."""

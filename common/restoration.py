@@ -20,12 +20,12 @@ from common.color import color_fix
 from common.evaluation import Score, Scores, means, refuse_without_numbers, side_by_side, write_scores
 from common.files import inside
 from common.images import bicubic_upsample
+from common.loading import is_architecture_only
 from common.losses import IMAGE_LOSSES
 from common.losses.added import AddedLosses
 from common.made import refuse_alike, refuse_foreign
 from common.parameters import Row, count
 from common.precision import FrozenDtype, TestPrecision, in_test_precision
-from common.pretrained import is_architecture_only
 from common.tiling import pad_to_multiple, tiled
 from common.training import Batch, TrainingModule
 from common.upscaler import upscale_to_file, write_images

@@ -38,12 +38,12 @@ from common.draws import Draws
 from common.ema import EMA
 from common.guard import Guard, save_batch
 from common.images import write_png
+from common.loading import is_architecture_only
 from common.loggers import file_name, show
 from common.made import begin, refuse_alike, refuse_foreign
 from common.metrics import to_uint8
 from common.parameters import Row, rows_of
 from common.precision import FrozenDtype, TestPrecision
-from common.pretrained import is_architecture_only
 from common.schedules import check_schedules
 from common.stages import Stage, recorded
 
@@ -231,7 +231,7 @@ class TrainingModule(LightningModule):
 
         Args:
             name: Name of the buffer.
-            pretrained: Where tokenizer and text encoder come from, see `common.pretrained`.
+            pretrained: Where tokenizer and text encoder come from, see `common.loading`.
             prompt: The prompt.
         """
         self._texts[name] = (pretrained, prompt)

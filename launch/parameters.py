@@ -16,8 +16,8 @@ import torch
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # exported at run time
 from lightning.pytorch import LightningModule
 
+from common.loading import architecture_only
 from common.parameters import Row, count
-from common.pretrained import architecture_only
 from common.training import TrainingModule
 from launch.errors import UsageError
 from launch.parser import Parser

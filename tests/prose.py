@@ -55,7 +55,9 @@ def of_code(path: Path) -> Iterator[Text]:
                     yield from (Text(path, line, "help", text) for line, text in _strings(keyword.value))
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            yield from (Text(path, line, "constant", text) for line, text in _strings(node.value) if text.count(" ") > 2)
+            yield from (
+                Text(path, line, "constant", text) for line, text in _strings(node.value) if text.count(" ") > 2
+            )
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield Text(path, token.start[0], "comment", token.string.lstrip("#! "))

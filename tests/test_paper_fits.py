@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch.utils.data import Dataset
 
-from common.pretrained import architecture_only
+from common.loading import architecture_only
 from data.datamodules import SRData
 from launch.lightning_cli import IsrCLI
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from common.pretrained import drawing_weights, network_device, random_on_device
+from common.loading import drawing_weights, network_device, random_on_device
 from launch.parameters import parse
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from common.autoencoder import no_autocast
 from common.errors import one_line
+from common.loading import DTYPES, HUB_ID, WeightsNotFoundError, ask_hub
 from common.metrics import to_uint8
-from common.pretrained import DTYPES, HUB_ID, WeightsNotFoundError, ask_hub
 
 FLORENCE_TASK, FLORENCE_TOKENS = "<MORE_DETAILED_CAPTION>", 77
 """Default instruction and caption length of Florence-2, those of `isr caption`: CLIP's text encoders read 77 tokens."""

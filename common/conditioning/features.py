@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.autoencoder import no_autocast
+from common.loading import load_vision_model
 from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
 from common.precision import FrozenDtype, hold
-from common.pretrained import load_vision_model
 
 Tokens = Literal["all", "patch", "cls"]
 _SLICES = {"all": slice(None), "patch": slice(1, None), "cls": slice(1)}  # DINOv2's sequence is CLS, then the patches

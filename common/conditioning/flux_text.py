@@ -13,7 +13,7 @@ from torch import Tensor
 from common.autoencoder import no_autocast
 from common.denoisers.flux import FluxText
 from common.files import replacing
-from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
+from common.loading import architecture_only, is_architecture_only, load_text_encoder
 
 CLIP = ("text_encoder", "tokenizer")
 T5 = ("text_encoder_2", "tokenizer_2")
@@ -42,7 +42,7 @@ def encode_flux_prompts(
     CLIP in float32.
 
     Args:
-        pretrained: Folder or hub id in FLUX's layout, `tiny` or `random:<architecture>`, see `common.pretrained`.
+        pretrained: Folder or hub id in FLUX's layout, `tiny` or `random:<architecture>`, see `common.loading`.
         prompts: B prompts; what exceeds an encoder's length is cut.
         device: Where to encode and to return the result.
         max_tokens: N, but no more than T5's tokenizer has (FLUX.1 [dev]: 512; `tiny`: 32).

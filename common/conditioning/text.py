@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from common.autoencoder import no_autocast
+from common.loading import architecture_only, is_architecture_only, load_text_encoder
 from common.parameters import Row, count
-from common.pretrained import architecture_only, is_architecture_only, load_text_encoder
 from common.stages import fingerprint
 
 _CACHE_SIZE = 4096  # prompts; 77 x 1024 floats take 0.3 MB each
@@ -27,7 +27,7 @@ def encode_prompts(
     computes in the dtype of its weights, also under autocast, so an embedding is the same before and within a fit.
 
     Args:
-        pretrained: Where the tokenizer and the text encoder come from, see `common.pretrained`.
+        pretrained: Where the tokenizer and the text encoder come from, see `common.loading`.
         prompts: B prompts; what exceeds the encoder's length is cut.
         device: Where to encode and to return the result.
         keep: Keep the encoder loaded for the next call, for prompts that change from batch to batch.

@@ -21,8 +21,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
 from torch import Tensor, nn
 
+from common.loading import drawing_weights
 from common.precision import input_dtype
-from common.pretrained import drawing_weights
 
 IMAGE_ATTENTIONS = "*.image_attentions.*"
 """Pattern of the names of the layers that SeeSR adds to the U-Net and trains."""
@@ -237,7 +237,7 @@ class _SeeSRNetwork(ModelMixin):
 
 
 class SeeSRUNet(_SeeSRNetwork, UNet2DConditionModel):
-    """SeeSR's U-Net; loads through `common.pretrained.load_diffusers_model`, also from the authors' folder.
+    """SeeSR's U-Net; loads through `common.loading.load_diffusers_model`, also from the authors' folder.
 
     Args:
         image_cross_attention_dim: E.

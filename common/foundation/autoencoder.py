@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from common.foundation.guarded import GuardedModule
 from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
-from common.pretrained import load_vae
+from common.loading import load_vae
 
 
 def reconstruction_loss(x_hat: Tensor, x: Tensor, pooled_weight: float) -> Tensor:

@@ -21,7 +21,7 @@ from common.foundation.guarded import GuardedModule
 from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
 from common.images import to_pm1
-from common.pretrained import load_vae
+from common.loading import load_vae
 
 SCHEDULE: dict[str, Any] = {  # Stable Diffusion's
     "num_train_timesteps": 1000,

@@ -24,7 +24,7 @@ from common.foundation.guarded import GuardedModule
 from common.foundation.muon import muon_or_adamw
 from common.foundation.schedule import anneal
 from common.images import to_pm1
-from common.pretrained import load_text_encoder, load_vae
+from common.loading import load_text_encoder, load_vae
 
 HEAD_WIDTH = 32
 POSITION_WIDTHS = (4, 14, 14)  # of a head, turned by image, row and column; FLUX: 16, 56, 56 of 128

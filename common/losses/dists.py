@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.loading import weights_to_read
 from common.losses.checks import check_pair
 from common.losses.vgg import VGGTrunk, read_torchmetrics_weights
 
@@ -33,6 +34,7 @@ class DISTS(nn.Module):
 
     def __init__(self, weights: str = "random", width: float = 1.0, seed: int = 0) -> None:
         super().__init__()
+        weights = weights_to_read(weights)
         self.trunk = VGGTrunk((3, 8, 15, 22, 29), "vgg16", weights, width, "l2", seed)
         self.channels = (3, *self.trunk.channels)
         if weights == "random":

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import one_line
+from common.loading import network_device, weights_to_read
 from common.losses.lpips import mean_square
 from common.losses.vgg import build_features, random_state, read_state, stage_channels
-from common.pretrained import network_device
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class LatentLPIPS(nn.Module):
 
     def __init__(self, weights: str = "random", in_channels: int = 4, width: float = 1.0, seed: int = 0) -> None:
         super().__init__()
+        weights = weights_to_read(weights)
         if width <= 0 or (width != 1.0 and weights != "random"):
             raise ValueError(f"width={width} does not fit weights={weights!r}; use width=1.0, or weights='random'.")
         if in_channels < 1:

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from common.loading import weights_to_read
 from common.losses.checks import check_pair
 from common.losses.dists import EdgePadding, Grey, edges_rgb
 from common.losses.vgg import VGGTrunk, read_torchmetrics_weights
@@ -31,6 +32,7 @@ class LPIPS(nn.Module):
         self, weights: str = "random", width: float = 1.0, seed: int = 0, net: Literal["vgg16", "alexnet"] = "vgg16"
     ) -> None:
         super().__init__()
+        weights = weights_to_read(weights)
         layers = (3, 8, 15, 22, 29) if net == "vgg16" else (1, 4, 7, 9, 11)  # the ReLUs before each pooling, or all
         self.trunk = VGGTrunk(layers, net, weights, width, "max", seed)
         if weights == "random":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.checkpoints import read_tensors
 from common.errors import one_line
-from common.pretrained import drawing_weights, network_device
+from common.loading import drawing_weights, network_device, weights_to_read
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,7 @@ def load_features(net: nn.Module, arch: Arch, weights: str, width: float, seed: 
         ValueError: `width` does not fit, or a file does not hold this network.
         FileNotFoundError: The weights are not available.
     """
+    weights = weights if weights == "empty" else weights_to_read(weights)
     if width <= 0 or (width != 1.0 and weights not in ("random", "empty")):
         raise ValueError(f"width={width} does not fit weights={weights!r}; use width=1.0, or weights='random'.")
     if weights == "empty":

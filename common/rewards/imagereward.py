@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.checkpoints import read_tensors
 from common.errors import one_line
-from common.pretrained import (
+from common.loading import (
     HUB_ID,
     WeightsNotFoundError,
     ask_hub,

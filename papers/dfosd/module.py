@@ -19,17 +19,16 @@ from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
-from common.losses import ImageLoss, build_image_loss, discriminator_loss, generator_loss, mse
-from common.parameters import Row
-from common.precision import FrozenDtype, hold
-from common.pretrained import (
+from common.loading import (
     drawing_weights,
-    is_architecture_only,
     load_schedule_config,
     load_unet,
     load_vae,
     network_device,
 )
+from common.losses import ImageLoss, build_image_loss, discriminator_loss, generator_loss, mse
+from common.parameters import Row
+from common.precision import FrozenDtype, hold
 from common.restoration import Inference, RestorationModule
 from common.training import Batch
 from papers.dfosd.networks import LatentDiscriminator, NoiseAwareDiscriminator, PixelDiscriminator
@@ -162,9 +161,9 @@ class DFOSD(RestorationModule):
         assert self.generator is not None
         self._configure_discriminator(self.generator.schedule)
         losses = {self.perceptual: self.lambda_perceptual} if self.perceptual != "none" else {}
-        weights = "random" if is_architecture_only() else self.perceptual_weights
         self.image_losses = {
-            name: (build_image_loss(name, weights, self.perceptual_width), weight) for name, weight in losses.items()
+            name: (build_image_loss(name, self.perceptual_weights, self.perceptual_width), weight)
+            for name, weight in losses.items()
         }
         self.loss_networks = nn.ModuleDict(
             {name: loss for name, (loss, _) in self.image_losses.items() if isinstance(loss, nn.Module)}

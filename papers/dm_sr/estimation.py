@@ -18,9 +18,9 @@ from common.checkpoints import check_keys, read_stage, resolved, trained_state, 
 from common.figures import agreement, figure_to_tensor, predicted_against_target, save_figure
 from common.files import csv_text, replacing
 from common.images import bicubic_upsample, to_pm1
+from common.loading import is_architecture_only
 from common.losses import build_image_loss, l1
 from common.precision import in_test_precision
-from common.pretrained import is_architecture_only
 from common.stages import Stage, digest
 from common.training import Batch, TrainingModule
 from papers.dm_sr.module import DMSR
@@ -104,16 +104,13 @@ class TimestepEstimation(TrainingModule):
         """Build T and the network of its target."""
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         if self.target == "lpips":
-            weights = "random" if is_architecture_only() else self.lpips_weights
-            self.distance = build_image_loss("lpips_alex", weights)
+            self.distance = build_image_loss("lpips_alex", self.lpips_weights)
         elif self.target != "min":
             self.distance = {"l1": l1, "ssim": _one_minus_ssim}[self.target]
         self.restorer = None
         if self.target == "min" and not is_architecture_only():
             self.restorer, self.stages["restorer"] = read_restorer(str(self.restorer_path))
-        self.estimator = TimestepEstimator(
-            "random" if is_architecture_only() else self.weights, self.width, LAST + 1, self.seed
-        )
+        self.estimator = TimestepEstimator(self.weights, self.width, LAST + 1, self.seed)
 
     def networks(self) -> dict[str, nn.Module]:
         """T in its two parts, and the distance's network."""

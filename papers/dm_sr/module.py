@@ -22,6 +22,12 @@ from common.diffusion import NoiseSchedule
 from common.draws import Draws, generator
 from common.figures import figure_to_tensor, noise_distribution, save_figure
 from common.images import bicubic_upsample, to_01, to_pm1
+from common.loading import (
+    is_architecture_only,
+    load_schedule_config,
+    load_unet,
+    load_vae,
+)
 from common.losses import (
     LatentLPIPS,
     distribution_matching_gradient,
@@ -30,12 +36,6 @@ from common.losses import (
 )
 from common.parameters import Row
 from common.precision import FrozenDtype, hold
-from common.pretrained import (
-    is_architecture_only,
-    load_schedule_config,
-    load_unet,
-    load_vae,
-)
 from common.restoration import Inference, RestorationModule
 from common.stages import Stage
 from common.tiling import plan_tiles
@@ -230,9 +230,8 @@ class DMSR(RestorationModule):
 
     def configure_training(self) -> None:
         """Losses and discriminator."""
-        weights = "random" if is_architecture_only() else self.perceptual_weights
         if self.lambda_per:
-            self.perceptual = LatentLPIPS(weights, self.codec.latent_channels, self.perceptual_width)
+            self.perceptual = LatentLPIPS(self.perceptual_weights, self.codec.latent_channels, self.perceptual_width)
         if self.lambda_adv:
             self.discriminator = ControlNetDiscriminator(
                 self.codec.latent_channels,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.autoencoder import LatentScaling, check_sides, no_autocast
+from common.loading import drawing_weights, is_architecture_only, network_device
 from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD, build_features, load_features, stage_channels
-from common.pretrained import drawing_weights, is_architecture_only, network_device
 
 CONDITIONING_CHANNELS = (16, 32, 96, 256)
 """Widths of ControlNet's image embedding (arXiv:2302.05543, as in diffusers); each but the first halves the sides."""

@@ -1,7 +1,7 @@
 """The trained timestep estimator T of stage 1, read for stage 2."""
 
 from common.checkpoints import check_keys, check_shapes, read_stage, resolved, trained_state
-from common.pretrained import is_architecture_only
+from common.loading import is_architecture_only
 from common.stages import Stage, digest
 from papers.dm_sr.networks import TimestepEstimator
 

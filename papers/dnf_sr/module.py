@@ -29,11 +29,11 @@ from common.denoisers.flux import FluxDenoiser, FluxText
 from common.diffusion import flow_clean, flow_noise
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
+from common.loading import DTYPES, architecture_only, load_diffusers_model, load_vae
 from common.losses import ImageLoss, build_image_loss
 from common.metrics import to_uint8
 from common.parameters import Row, count
 from common.precision import hold
-from common.pretrained import DTYPES, architecture_only, is_architecture_only, load_diffusers_model, load_vae
 from common.restoration import RestorationModule
 
 SUFFIX = "Make this image more realistic and detailed."
@@ -150,8 +150,7 @@ class FlowRestorer(RestorationModule):
 
     def configure_training(self) -> None:
         """Build the loss in feature space."""
-        weights = "random" if is_architecture_only() else self.dists_weights
-        self.dists = build_image_loss(self.dists_kind, weights, self.dists_width)
+        self.dists = build_image_loss(self.dists_kind, self.dists_weights, self.dists_width)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the paper's names."""

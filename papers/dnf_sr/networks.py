@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common.autoencoder import no_autocast
 from common.draws import Draws
+from common.loading import drawing_weights, load_vision_model
 from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
-from common.pretrained import drawing_weights, load_vision_model
 
 _VIT, _CONVNEXT = "dinov3_vit", "dinov3_convnext"  # transformers' model types
 _DEFAULT_LEVELS = (5, 9, 12)  # of 12 blocks

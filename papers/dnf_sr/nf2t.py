@@ -30,10 +30,10 @@ from common.denoisers.flux import FLUX_TARGETS, FluxText
 from common.diffusion import flow_velocity
 from common.guard import Later, reduce
 from common.images import to_01
+from common.loading import HUB_ID, is_architecture_only, load_vae
 from common.losses import mse
 from common.metrics import to_uint8
 from common.parameters import Row
-from common.pretrained import HUB_ID, is_architecture_only, load_vae
 from common.pyiqa import MetricUnavailableError
 from common.rewards import Reward, build_reward
 from common.stages import Stage, digest

@@ -61,7 +61,7 @@ class TextCondition(nn.Module):
     """Embeddings of prompts by a frozen text encoder.
 
     Args:
-        pretrained: Source of the tokenizer and the text encoder, see `common.pretrained`.
+        pretrained: Source of the tokenizer and the text encoder, see `common.loading`.
         width: Width of the U-Net's cross-attention.
         captioner: Image-to-text model that writes the prompts if none are given, see `Captioner`.
         negative_prompt: Text of the negative branch of guidance.

@@ -23,10 +23,10 @@ from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.files import inside
 from common.images import to_01, to_pm1, write_png
+from common.loading import load_schedule_config, load_unet, load_vae
 from common.metrics import to_uint8
 from common.parameters import Row
 from common.precision import FrozenDtype, in_test_precision
-from common.pretrained import load_schedule_config, load_unet, load_vae
 from common.stages import digest, fingerprint
 from common.training import Batch, TrainingModule
 from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, Null, TextCondition, drop

@@ -25,15 +25,15 @@ from common.denoisers.unet import UNetDenoiser
 from common.diffusion import NoiseSchedule
 from common.draws import Draws
 from common.images import bicubic_upsample, to_01, to_pm1
-from common.losses import ImageLoss, build_image_loss, mse, vsd_gradient, vsd_loss
-from common.parameters import Row
-from common.precision import FrozenDtype, hold
-from common.pretrained import (
+from common.loading import (
     is_architecture_only,
     load_schedule_config,
     load_unet,
     load_vae,
 )
+from common.losses import ImageLoss, build_image_loss, mse, vsd_gradient, vsd_loss
+from common.parameters import Row
+from common.precision import FrozenDtype, hold
 from common.restoration import Inference, RestorationModule
 from common.stages import Stage, digest
 from common.training import Batch
@@ -220,8 +220,7 @@ class F2IDiffSR(RestorationModule):
             hold(base, self.frozen_dtype)
             self.prior = UNetDenoiser(base, self.generator.schedule, self.gradient_checkpointing)
         if self.perceptual != "none":
-            weights = "random" if is_architecture_only() else self.perceptual_weights
-            self.image_loss = build_image_loss(self.perceptual, weights, self.perceptual_width)
+            self.image_loss = build_image_loss(self.perceptual, self.perceptual_weights, self.perceptual_width)
 
     def _open_unet(self) -> Opened:
         if self.foundation is None:

@@ -18,9 +18,7 @@ from common.conditioning.text import encode_prompts, text_encoder_row
 from common.denoisers.seesr import SEESR_TRAINED, Residuals, SeeSRControlNet, SeeSRUNet
 from common.diffusion import NoiseSchedule
 from common.images import bicubic_upsample, to_pm1
-from common.parameters import Row
-from common.precision import input_dtype
-from common.pretrained import (
+from common.loading import (
     drawing_weights,
     is_architecture_only,
     load_diffusers_model,
@@ -28,6 +26,8 @@ from common.pretrained import (
     load_unet,
     load_vae,
 )
+from common.parameters import Row
+from common.precision import input_dtype
 from papers.rfsr.sampling import Sampler, Spacing, make_sampler
 from papers.rfsr.tags import Seen, Tagger, Untagged
 

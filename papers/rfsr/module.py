@@ -26,7 +26,6 @@ from common.losses import GramKL, dwt_low_loss, l1
 from common.losses.dwt import Wavelet
 from common.losses.gram import GramDistance, GramFeatures
 from common.parameters import Row
-from common.pretrained import is_architecture_only
 from common.rewards import Reward, build_reward, reward_loss
 from common.training import Batch
 from papers.rfsr.base import BaseSR
@@ -187,7 +186,7 @@ class RFSR(BaseSR):
         self._take_start()
         if self.regulariser == "gram" or self.measure_drift:
             weights, width, features, distance = self.gram_options
-            self.gram = GramKL("random" if is_architecture_only() else weights, width, features, distance)
+            self.gram = GramKL(weights, width, features, distance)
         self.rewards = nn.ModuleDict(
             {name: _trainable_by(build_reward(name, **self.reward_args.get(name, {}))) for name in self.reward_weights}
         )

@@ -24,7 +24,7 @@ from common.adapters import (
     vae_encoder_targets,
     without_adapters,
 )
-from common.pretrained import architecture_only, load_unet, load_vae
+from common.loading import architecture_only, load_unet, load_vae
 
 from .networks import small_unet
 

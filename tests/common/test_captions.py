@@ -32,7 +32,7 @@ from transformers import (
 
 from common.conditioning import captions as module
 from common.conditioning.captions import Captioner
-from common.pretrained import WeightsNotFoundError
+from common.loading import WeightsNotFoundError
 from launch.commands.caption import _parse
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<image>", "<video>"]

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from common import pretrained as module
 from common.conditioning.features import DinoFeatures
-from common.pretrained import WeightsNotFoundError, architecture_only, hub_table
+from common.loading import WeightsNotFoundError, architecture_only, hub_table, sources
 
 LARGE = "facebook/dinov2-large"
 
@@ -237,7 +236,7 @@ class TestWeights:
             return str(folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-        monkeypatch.setattr(module, "_raise_without_network", lambda repo, subfolder: None)
+        monkeypatch.setattr(sources, "_raise_without_network", lambda repo, subfolder: None)
         assert DinoFeatures("someone/small").width == 16
         assert {"*.json", "model.safetensors"} <= set(asked)
         assert not [pattern for pattern in asked if pattern.startswith("/")]
@@ -266,7 +265,7 @@ class TestTiny:
         assert not torch.equal(DinoFeatures("tiny", seed=1)(x_01), first(x_01))
 
     def test_has_the_width_of_the_embedded_unets_condition(self) -> None:
-        config = json.loads((module.TINY / "unet" / "config.json").read_text())
+        config = json.loads((sources.TINY / "unet" / "config.json").read_text())
         features = DinoFeatures("tiny")
         assert features.width == config["cross_attention_dim"] == 32
         assert sum(p.numel() for p in features.parameters()) == 47_136

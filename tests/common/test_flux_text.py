@@ -12,7 +12,6 @@ from diffusers import FluxKontextPipeline
 from torch.testing import assert_close
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from common import pretrained as loaders
 from common.conditioning import flux_text as module
 from common.conditioning.flux_text import (
     cache_flux_prompts,
@@ -20,8 +19,8 @@ from common.conditioning.flux_text import (
     flux_text_encoders,
     forget_flux_prompts,
 )
+from common.loading import architecture_only, load_text_encoder, models
 from common.parameters import count
-from common.pretrained import architecture_only, load_text_encoder
 
 KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
 PROMPTS = ["a cat", "", "a very long prompt " * 5]
@@ -221,10 +220,10 @@ def test_a_large_t5_works_in_bfloat16_and_a_small_one_in_float32(folder: str, mo
     forget_flux_prompts()
     config = json.loads((Path(folder) / "text_encoder_2/config.json").read_text())
     size = 384 * config["d_model"] + 2 * (4 * 24 * 16 + 3 * 24 * 32 + 2 * 24) + 32 * 2 + 24  # by hand
-    monkeypatch.setattr(loaders, "_LARGE", size + 1)
+    monkeypatch.setattr(models, "_LARGE", size + 1)
     assert encode_flux_prompts(folder, ["a"]).tokens.dtype == torch.float32
     forget_flux_prompts()
-    monkeypatch.setattr(loaders, "_LARGE", size)
+    monkeypatch.setattr(models, "_LARGE", size)
     rounded = encode_flux_prompts(folder, ["a"])
     assert rounded.tokens.dtype == torch.bfloat16
     assert_close(rounded.tokens.float(), exact.tokens, rtol=0.05, atol=0.05)

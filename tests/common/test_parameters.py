@@ -5,8 +5,8 @@ from torch import nn
 
 from common.adapters import OSEDIFF_TARGETS, add_lora
 from common.conditioning.text import LearnedEmbedding
+from common.loading import architecture_only, load_unet, load_vae
 from common.parameters import Row, count, count_split, is_lora
-from common.pretrained import architecture_only, load_unet, load_vae
 
 
 def test_a_count_by_hand() -> None:

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel
 
 from common.conditioning import text as module
 from common.conditioning.text import LearnedEmbedding, encode_prompts, forget_prompts
-from common.pretrained import architecture_only, load_text_encoder
+from common.loading import architecture_only, load_text_encoder
 
 
 @pytest.fixture(scope="module")

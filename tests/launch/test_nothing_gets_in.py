@@ -27,9 +27,9 @@ from common.conditioning.flux_text import _file, encode_flux_prompts
 from common.evaluation import Score, write_scores
 from common.files import safe_loading
 from common.images import write_png
+from common.loading import TINY, load_text_encoder, load_vae
 from common.losses.latent_lpips import LatentLPIPS
 from common.losses.vgg import _pretrained_state, read_state
-from common.pretrained import TINY, load_text_encoder, load_vae
 from common.rewards.imagereward import _read
 from launch.cli import main
 from launch.comparison import compare

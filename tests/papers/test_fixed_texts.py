@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from common.conditioning import text
 from common.conditioning.text import encode_prompts, forget_prompts
+from common.loading import TINY, WeightsNotFoundError, load_text_encoder
 from common.metrics import to_uint8
-from common.pretrained import TINY, WeightsNotFoundError, load_text_encoder
 from common.restoration import Inference
 from launch.cli import main
 from launch.export import load

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.pretrained import load_unet
+from common.loading import load_unet
 from papers.dfosd import DFOSD
 from papers.dnf_sr.networks import Discriminator
 from papers.f2idiff import Foundation

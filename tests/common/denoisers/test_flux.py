@@ -23,8 +23,8 @@ from common.adapters import (
 )
 from common.denoisers.flux import FLUX_TARGETS, FluxDenoiser, FluxText, pack, unpack
 from common.diffusion import flow_noise
+from common.loading import architecture_only, load_diffusers_model, load_unet, load_vae
 from common.parameters import count
-from common.pretrained import architecture_only, load_diffusers_model, load_unet, load_vae
 
 TEXT, POOLED, CHANNELS = 12, 10, 4
 KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from common.checkpoints import matching
 from common.denoisers.seesr import IMAGE_ATTENTIONS, SEESR_TRAINED, Residuals, SeeSRControlNet, SeeSRUNet
-from common.pretrained import architecture_only, load_diffusers_model, load_unet
+from common.loading import architecture_only, load_diffusers_model, load_unet
 
 KEYS = Path(__file__).parents[2] / "data/keys"
 TEXT, IMAGE = 12, 10  # widths of the tokens, small

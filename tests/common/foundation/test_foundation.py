@@ -17,7 +17,7 @@ from common.foundation.autoencoder import TinyAutoencoder, reconstruction_loss
 from common.foundation.flow import TinyFlow, mild_edit
 from common.foundation.schedule import Anneal, anneal
 from common.images import to_01, to_pm1
-from common.pretrained import TINY, load_diffusers_model, load_schedule_config, load_unet, load_vae
+from common.loading import TINY, load_diffusers_model, load_schedule_config, load_unet, load_vae
 from data.crops import GridCrops
 
 

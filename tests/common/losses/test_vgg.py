@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
+from common.loading import architecture_only
 from common.losses.vgg import L2Pool, VGGTrunk, build_features, random_state, stage_channels
-from common.pretrained import architecture_only
 
 _CONV_INDICES = {
     "vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertTokenizer
 
-from common.pretrained import WeightsNotFoundError, architecture_only
+from common.loading import WeightsNotFoundError, architecture_only
 from common.rewards.imagereward import ImageReward, ImageRewardSize, _random_state, clip_pixels, released_to_ours
 
 SMALL = ImageRewardSize(

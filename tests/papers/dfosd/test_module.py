@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.conditioning.text import encode_prompts
+from common.loading import architecture_only
 from common.losses import EADISTS, discriminator_loss
-from common.pretrained import architecture_only
 from common.restoration import Inference
 from launch.parameters import parse
 from papers.dfosd import DFOSD

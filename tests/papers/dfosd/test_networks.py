@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from common.adapters import count_lora
+from common.loading import architecture_only, load_unet
 from common.parameters import count, is_lora
-from common.pretrained import architecture_only, load_unet
 from papers.dfosd.networks import LatentDiscriminator, NoiseAwareDiscriminator, PixelDiscriminator, UNetTrunk
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from common.loading import architecture_only, load_vae
 from common.parameters import count
-from common.pretrained import architecture_only, load_vae
 from papers.dm_sr.networks import ControlNetDiscriminator, TimeAwareEncoder, TimestepEstimator, soft_argmax
 
 SD = {"channels": (64, 128, 256, 256), "heads": (1, 2, 4, 4)}

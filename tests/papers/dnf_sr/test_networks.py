@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTConfig, DINOv3ViTModel
 
 from common.draws import Draws
+from common.loading import WeightsNotFoundError, architecture_only, load_vision_model
 from common.losses import discriminator_loss, generator_loss
 from common.parameters import count
-from common.pretrained import WeightsNotFoundError, architecture_only, load_vision_model
 from papers.dnf_sr.networks import (
     BlurPool,
     DinoTrunk,

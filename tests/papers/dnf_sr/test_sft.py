@@ -19,8 +19,8 @@ from common.conditioning import flux_text
 from common.conditioning.flux_text import encode_flux_prompts, forget_flux_prompts
 from common.denoisers.flux import FluxDenoiser
 from common.diffusion import flow_velocity
+from common.loading import WeightsNotFoundError
 from common.losses import DISTS, EADISTS, generator_loss
-from common.pretrained import WeightsNotFoundError
 from common.restoration import Inference
 from data.photos import PHOTOS
 from launch.cli import main

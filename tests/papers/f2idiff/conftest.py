@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
-from common import pretrained
+from common.loading import architectures
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +48,12 @@ def dino(make_dino: Callable[[int], str]) -> str:
 def nano(sd: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Name of an architecture, beside the real ones: the base's U-Net without its weights."""
     root = tmp_path_factory.mktemp("architectures")
-    for path in pretrained.ARCHITECTURES.iterdir():
+    for path in architectures.ARCHITECTURES.iterdir():
         (root / path.name).symlink_to(path)
     (root / "nano" / "unet").mkdir(parents=True)
     (root / "nano" / "unet" / "config.json").write_text((Path(sd) / "unet" / "config.json").read_text())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "ARCHITECTURES", root)
+        patch.setattr(architectures, "ARCHITECTURES", root)
         yield "nano"
 
 

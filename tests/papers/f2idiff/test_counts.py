@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from common.adapters import OSEDIFF_TARGETS, LoraCount, add_lora, count_lora, targets_in
-from common.pretrained import architecture_only, load_unet, load_vae
+from common.loading import architecture_only, load_unet, load_vae
 
 RANK, ALPHA = 4, 8
 NAMES = ("f2idiff", "t2idiff", "f2idiff_eff", "f2idiff_eff_half")

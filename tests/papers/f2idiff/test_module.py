@@ -23,8 +23,8 @@ from common.adapters import OSEDIFF_TARGETS, adapter_state, add_lora, load_adapt
 from common.conditioning.text import encode_prompts
 from common.denoisers.unet import UNetDenoiser
 from common.draws import Draws
+from common.loading import load_unet
 from common.losses import LPIPS
-from common.pretrained import load_unet
 from common.restoration import Inference
 from papers.f2idiff import F2IDiffSR, conditions
 from papers.f2idiff import module as stage_b

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from common.conditioning.text import encode_prompts
 from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
-from common.pretrained import load_unet
+from common.loading import load_unet
 from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged, bases
 from papers.rfsr.bases import Base, Conditions, Description
 

@@ -22,8 +22,8 @@ from common.conditioning.text import encode_prompts
 from common.datainfo import DataInfo
 from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
 from common.draws import Draws, generator
+from common.loading import WeightsNotFoundError
 from common.losses import GramKL, dwt_low
-from common.pretrained import WeightsNotFoundError
 from papers.rfsr import RFSR, BaseSR, Untagged
 from papers.rfsr import module as rfsr_module
 from papers.rfsr.bases import Base, Conditions, Description

