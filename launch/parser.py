@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from launch.errors import UsageError, plain
+from launch.moved import current
 
 
 class Parser(LightningArgumentParser):
@@ -35,9 +36,13 @@ class Parser(LightningArgumentParser):
 
 
 def _load(text: str) -> Any:
-    """A value of an argument, read as YAML; a text that names a file or folder stays that name, e.g. `a: b`, `[x]`."""
+    """A value of an argument or a configuration, read as YAML.
+
+    A text that names a file or folder stays that name, e.g. `a: b`, `[x]`. Class paths of earlier versions become
+    today's.
+    """
     value = _yaml(text)
-    return text if (value is None or isinstance(value, (dict, list))) and os.path.lexists(text) else value
+    return text if (value is None or isinstance(value, (dict, list))) and os.path.lexists(text) else current(value)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -13,6 +13,7 @@ import yaml
 from common.checkpoints import newest_checkpoint, read_checkpoint
 from common.stages import place_in_runs
 from launch.errors import UsageError
+from launch.moved import current
 
 _RUN = re.compile(r"runs/[\w.-]+/[\w.-]+")
 _DEMO_ROW = re.compile(r"^\d+_")
@@ -92,7 +93,7 @@ def options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _content(path: Path) -> dict[str, Any]:
     """Content of a config file; empty where it cannot be read, which the parser explains."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = current(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -212,7 +213,7 @@ def stored_model(path: str | Path) -> dict[str, Any] | None:
     for key, value in stored.items():
         if own is not None and isinstance(value, str):
             stored[key] = find_stage(value, None, [own.parents[2]])
-    return {"class_path": stored.pop("_class_path"), "init_args": stored}
+    return current({"class_path": stored.pop("_class_path"), "init_args": stored})
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

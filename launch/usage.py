@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from launch.errors import UsageError
+from launch.moved import current
 
 EXAMPLES: dict[str, tuple[str, str]] = {
     "fit": (
@@ -138,7 +139,7 @@ def classes(arguments: Sequence[str]) -> dict[str, str]:
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if option in ("-c", "--config"):
             try:
-                settings = yaml.safe_load(Path(value).read_text())
+                settings = current(yaml.safe_load(Path(value).read_text()))
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise UsageError(f"{option} {value} cannot be read: {' '.join(str(error).split())}") from None
             sections = settings if isinstance(settings, dict) else {}

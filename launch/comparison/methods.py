@@ -27,6 +27,7 @@ from data.sources import list_images
 from launch.baselines import blurred, rounded
 from launch.comparison.inputs import Item
 from launch.errors import UsageError
+from launch.moved import current
 from launch.runs import differing_versions, leaves, paper_of, stored_model
 
 
@@ -346,9 +347,20 @@ def find_runs(folder: Path) -> dict[str, Path]:
 
 
 def restores(class_path: str) -> bool:
-    """True for a class, given by its dotted name, that restores images."""
+    """True for a class, given by its dotted name, that restores images.
+
+    Raises:
+        UsageError: There is no such class.
+    """
     module, _, name = class_path.rpartition(".")
-    return issubclass(getattr(importlib.import_module(module), name), RestorationModule)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"class_path={class_path}: this version has no such class ({one_line(error)}); use the version that wrote "
+            "the run (the commit is in its run.json)"
+        ) from error
+    return issubclass(found, RestorationModule)
 
 
 def _checkpoint(path: Path) -> Path | None:
@@ -364,7 +376,7 @@ def _settings(path: Path, checkpoint: Path | None) -> dict[str, Any]:
     else:
         configs = [path / "config.yaml", *sorted(path.glob("version_*/config.yaml"))]
         config = next((file for file in reversed(configs) if file.is_file()), None)
-        settings = yaml.safe_load(config.read_text()).get("model") if config is not None else None
+        settings = current(yaml.safe_load(config.read_text())).get("model") if config is not None else None
     if settings is None:
         raise UsageError(f"runs: {path} has no checkpoint or configuration that isr fit wrote; give such a run")
     if not restores(str(settings["class_path"])):

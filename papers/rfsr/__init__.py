@@ -1,8 +1,8 @@
 """RFSR: reward feedback for multi-step super-resolution, arXiv:2412.03268."""
 
-from papers.rfsr.base import BaseSR
-from papers.rfsr.bases import ControlNet, SeeSR
+from papers.rfsr.base_models import ControlNet, SeeSR
 from papers.rfsr.module import RFSR
+from papers.rfsr.pretraining import BaseSR
 from papers.rfsr.tags import TagFiles, Tagger, Untagged, write_tags
 
 __all__ = ["RFSR", "BaseSR", "ControlNet", "SeeSR", "TagFiles", "Tagger", "Untagged", "write_tags"]

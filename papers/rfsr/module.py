@@ -28,9 +28,9 @@ from common.losses.gram import GramDistance, GramFeatures
 from common.parameters import Row
 from common.rewards import Reward, build_reward, reward_loss
 from common.training import Batch
-from papers.rfsr.base import BaseSR
-from papers.rfsr.bases import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Conditions, Description
 from papers.rfsr.drift import plot_drift
+from papers.rfsr.pretraining import BaseSR
 from papers.rfsr.sampling import advance, bands, trained_steps
 from papers.rfsr.tags import TagFiles
 

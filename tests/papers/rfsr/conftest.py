@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import common.rewards
-from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
 from common.restoration import Inference
 from common.rewards import Reward
 from papers.rfsr import RFSR, ControlNet, SeeSR, TagFiles, write_tags
-from papers.rfsr.bases import Base
+from papers.rfsr.base_models import Base
+from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
 TAGS = ["roof, tree", "dog, grass"]
 

@@ -20,13 +20,13 @@ from torch.testing import assert_close
 
 from common.conditioning.text import encode_prompts
 from common.datainfo import DataInfo
-from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
 from common.draws import Draws, generator
 from common.loading import WeightsNotFoundError
 from common.losses import GramKL, dwt_low
 from papers.rfsr import RFSR, BaseSR, Untagged
 from papers.rfsr import module as rfsr_module
-from papers.rfsr.bases import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Conditions, Description
+from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 ADAM = partial(torch.optim.Adam, lr=1e-2, eps=1e-30)  # moves whatever has a gradient

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from common.draws import Draws, generator
 from papers.rfsr import RFSR, BaseSR
-from papers.rfsr.bases import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Conditions, Description
 from papers.rfsr.sampling import advance, bands, make_sampler, trained_steps
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)

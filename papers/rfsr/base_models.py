@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from common.autoencoder import ImageCodec
 from common.conditioning.text import encode_prompts, text_encoder_row
-from common.denoisers.seesr import SEESR_TRAINED, Residuals, SeeSRControlNet, SeeSRUNet
 from common.diffusion import NoiseSchedule
 from common.images import bicubic_upsample, to_pm1
 from common.loading import (
@@ -29,6 +28,7 @@ from common.loading import (
 from common.parameters import Row
 from common.precision import input_dtype
 from papers.rfsr.sampling import Sampler, Spacing, make_sampler
+from papers.rfsr.seesr import SEESR_TRAINED, Residuals, SeeSRControlNet, SeeSRUNet
 from papers.rfsr.tags import Seen, Tagger, Untagged
 
 

@@ -17,7 +17,7 @@ from common.parameters import Row
 from common.precision import hold
 from common.restoration import RestorationModule
 from common.training import Batch
-from papers.rfsr.bases import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Conditions, Description
 from papers.rfsr.sampling import advance
 
 

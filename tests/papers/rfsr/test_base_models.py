@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from common.conditioning.text import encode_prompts
-from common.denoisers.seesr import SeeSRControlNet, SeeSRUNet
 from common.loading import load_unet
 from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged, bases
-from papers.rfsr.bases import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Conditions, Description
+from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
 TAGS = ["roof, tree", "dog, grass"]
 Batch = dict[str, Any]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from common.checkpoints import matching
-from common.denoisers.seesr import IMAGE_ATTENTIONS, SEESR_TRAINED, Residuals, SeeSRControlNet, SeeSRUNet
 from common.loading import architecture_only, load_diffusers_model, load_unet
+from papers.rfsr.seesr import IMAGE_ATTENTIONS, SEESR_TRAINED, Residuals, SeeSRControlNet, SeeSRUNet
 
 KEYS = Path(__file__).parents[2] / "data/keys"
 TEXT, IMAGE = 12, 10  # widths of the tokens, small
