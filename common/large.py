@@ -34,7 +34,7 @@ from common.tiling import Blend, blend_window, pad_to_multiple, plan_tiles
 
 ColorFix = Literal["adain", "wavelet", "none"]
 PixelRows = NDArray[np.uint8]
-Band = tuple[int, int]  # first output row, and the one after the last
+RowRange = tuple[int, int]  # first output row, and the one after the last
 
 BAND_PIXELS = 2**18
 """Output pixels of a band, the unit of all passes: some 50 MB of intermediates."""
@@ -109,13 +109,13 @@ def upscale_large(
                 tiles.write(top, left, restore(padded[..., top : top + tile, left : left + tile]))
             step()
 
-        def raw(band: Band) -> Tensor:
+        def raw(band: RowRange) -> Tensor:
             return tiles.band(band)[..., : scale * width]
 
-        def reference(band: Band) -> Tensor:
+        def reference(band: RowRange) -> Tensor:
             return bicubic_band(x_lq, scale, band)
 
-        fixed: Callable[[Band], Tensor] = raw
+        fixed: Callable[[RowRange], Tensor] = raw
         if color_fix == "adain":
             fixed = _adain(raw, reference, bands, step)
         elif color_fix == "wavelet":
@@ -132,7 +132,7 @@ def upscale_large(
         tiles.folder.rmdir()
 
 
-def plan_bands(height: int, width: int) -> list[Band]:
+def plan_bands(height: int, width: int) -> list[RowRange]:
     """Cut an image into bands of about `BAND_PIXELS`, from top to bottom.
 
     Args:
@@ -146,7 +146,7 @@ def plan_bands(height: int, width: int) -> list[Band]:
     return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
-def bicubic_band(x_lq: Tensor, scale: int, band: Band) -> Tensor:
+def bicubic_band(x_lq: Tensor, scale: int, band: RowRange) -> Tensor:
     """Rows of `bicubic_upsample(x_lq, scale)`, computed from the input's rows that they depend on.
 
     Args:
@@ -247,7 +247,7 @@ class TileStore:
         with _replacing(self._path(top, left), recorded=False) as file:
             file.write(x.transpose(0, 1).contiguous().numpy().data)
 
-    def band(self, band: Band) -> Tensor:
+    def band(self, band: RowRange) -> Tensor:
         """Rows of the image that `common.tiling.tiled` makes of these tiles, bit by bit.
 
         Args:
@@ -285,8 +285,11 @@ def _digest(x_lq: Tensor) -> str:
 
 
 def _adain(
-    raw: Callable[[Band], Tensor], reference: Callable[[Band], Tensor], bands: list[Band], step: Callable[[], None]
-) -> Callable[[Band], Tensor]:
+    raw: Callable[[RowRange], Tensor],
+    reference: Callable[[RowRange], Tensor],
+    bands: list[RowRange],
+    step: Callable[[], None],
+) -> Callable[[RowRange], Tensor]:
     """`common.color.adain` by bands, after one pass over all of them for the statistics, summed in float64."""
     sums = torch.zeros(4, 1, 3, 1, 1, dtype=torch.float64)
     count = 0
@@ -304,12 +307,12 @@ def _adain(
 
 
 def _wavelet(
-    raw: Callable[[Band], Tensor], reference: Callable[[Band], Tensor], height: int
-) -> Callable[[Band], Tensor]:
+    raw: Callable[[RowRange], Tensor], reference: Callable[[RowRange], Tensor], height: int
+) -> Callable[[RowRange], Tensor]:
     """`common.color.wavelet` by bands, each computed with the rows around it that its blurs reach."""
     reach = 2**_LEVELS - 1  # 1 + 2 + 4 + ..
 
-    def fixed(band: Band) -> Tensor:
+    def fixed(band: RowRange) -> Tensor:
         first, last = band
         wider = (max(first - reach, 0), min(last + reach, height))
         x = wavelet(raw(wider), reference(wider), _LEVELS)

@@ -14,7 +14,7 @@ class Count(NamedTuple):
     trainable: int
 
 
-class Split(NamedTuple):
+class CountBySource(NamedTuple):
     """Parameters of a module by where they come from, and how many of all are trained."""
 
     base: int
@@ -51,12 +51,12 @@ def count(module: nn.Module) -> Count:
     return Count(split.base + split.lora_total, split.trainable)
 
 
-def count_split(module: nn.Module) -> Split:
+def count_split(module: nn.Module) -> CountBySource:
     """Count base and LoRA parameters apart; a parameter found under two names counts once, under the first."""
     named = dict(module.named_parameters())  # torch leaves out repeated ones
     lora = sum(parameter.numel() for name, parameter in named.items() if is_lora(name))
     total = sum(parameter.numel() for parameter in named.values())
-    return Split(total - lora, lora, sum(p.numel() for p in named.values() if p.requires_grad))
+    return CountBySource(total - lora, lora, sum(p.numel() for p in named.values() if p.requires_grad))
 
 
 def rows_of(networks: Mapping[str, nn.Module], trained: Iterable[nn.Parameter], averaged: bool) -> list[Row]:

@@ -22,7 +22,7 @@ FrozenDtype = Literal["float32", "bfloat16"]
 TestPrecision = Literal["float32", "bfloat16", "float16"]
 """Precision of validation, test and prediction."""
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 class _HeldLinear(nn.Linear):
@@ -87,7 +87,7 @@ def computing(precision: TestPrecision, device: torch.device) -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
-def in_test_precision(method: Method) -> Method:
+def in_test_precision(method: Decorated) -> Decorated:
     """Run a method of a `TrainingModule` in its `test_precision`, also under a trainer of another precision."""
 
     @wraps(method)

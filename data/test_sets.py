@@ -14,7 +14,7 @@ from data.prompts import GivenPrompts
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class LoadedSet:
     """A set's name (its folder's) and images: Pairs with references, or LQImages without."""
 
     name: str
@@ -27,7 +27,7 @@ def load_test_set(
     prompts: GivenPrompts = None,
     on_error: OnError = "raise",
     argument: str = "test",
-) -> ImageSet:
+) -> LoadedSet:
     """Open a test set.
 
     Args:
@@ -54,15 +54,15 @@ def load_test_set(
         raise FileNotFoundError(
             f"{argument}={source} is not a folder; give one with test_LR and test_HR, or one of LQ images"
         )
-    return ImageSet(_name(folder), LQImages(folder, prompts, on_error, argument))
+    return LoadedSet(_name(folder), LQImages(folder, prompts, on_error, argument))
 
 
 def load_pairs(
     source: str | Path | PairFolders, scale: int, prompts: GivenPrompts, on_error: OnError, argument: str
-) -> ImageSet | None:
+) -> LoadedSet | None:
     """Open a test set that holds pairs; None if the source holds none. Arguments, errors: see `load_test_set`."""
     if isinstance(source, PairFolders):
-        return ImageSet(
+        return LoadedSet(
             _name(source.place), Pairs(source.lq, source.hq, scale, source.csv, prompts, on_error, argument)
         )
     folder = Path(source).expanduser()
@@ -71,7 +71,7 @@ def load_pairs(
         return None
     pairs = Pairs(layout.lq, layout.hq, scale, None, prompts, on_error, argument)
     pairs.sources, pairs.layout = [folder], layout.name
-    return ImageSet(_name(folder), pairs)
+    return LoadedSet(_name(folder), pairs)
 
 
 def folder_layout(folder: Path, scale: int, argument: str) -> Layout | None:

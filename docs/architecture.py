@@ -30,7 +30,7 @@ _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class Source(NamedTuple):
+class SourceFile(NamedTuple):
     """A file of Python: its path from the root, its text, its tree and the numbers of its code lines."""
 
     path: Path
@@ -44,7 +44,7 @@ class Source(NamedTuple):
         return sum(line in self.code for line in range(start, (node.end_lineno or start) + 1))
 
 
-def read(path: Path, root: Path) -> Source:
+def read(path: Path, root: Path) -> SourceFile:
     """Read a file of Python."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
@@ -58,22 +58,22 @@ def read(path: Path, root: Path) -> Source:
         ):
             docstring = node.body[0]
             held -= set(range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1))
-    return Source(path.relative_to(root), text, tree, frozenset(held))
+    return SourceFile(path.relative_to(root), text, tree, frozenset(held))
 
 
-def sources(root: Path) -> list[Source]:
+def sources(root: Path) -> list[SourceFile]:
     """All Python files of the packages, by path."""
     return [read(path, root) for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
 
 
-def classes(found: Iterable[Source]) -> dict[str, tuple[Source, ast.ClassDef]]:
+def classes(found: Iterable[SourceFile]) -> dict[str, tuple[SourceFile, ast.ClassDef]]:
     """Every class at the top of a file, by its name."""
     return {
         node.name: (source, node) for source in found for node in source.tree.body if isinstance(node, ast.ClassDef)
     }
 
 
-def base_lines(name: str, known: Mapping[str, tuple[Source, ast.ClassDef]]) -> tuple[int, int]:
+def base_lines(name: str, known: Mapping[str, tuple[SourceFile, ast.ClassDef]]) -> tuple[int, int]:
     """Code lines and methods of a base class; classes of this repository that it inherits from count with it."""
     source, node = known[name]
     lines, methods = source.lines(node), sum(isinstance(child, Function) for child in node.body)
@@ -85,7 +85,7 @@ def base_lines(name: str, known: Mapping[str, tuple[Source, ast.ClassDef]]) -> t
     return lines, methods
 
 
-def longest_function(found: Iterable[Source]) -> str:
+def longest_function(found: Iterable[SourceFile]) -> str:
     """The function with the most code lines: their number, and its name."""
 
     def functions(body: Iterable[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -104,7 +104,7 @@ def longest_function(found: Iterable[Source]) -> str:
     return f"{length} ({name})"
 
 
-def share_of_settings(found: Iterable[Source]) -> float:
+def share_of_settings(found: Iterable[SourceFile]) -> float:
     """Share of constructors, fields of dataclasses and `Args` sections of classes in the lines that are not blank."""
     settings = total = 0
     for source in found:
@@ -122,7 +122,7 @@ def share_of_settings(found: Iterable[Source]) -> float:
     return settings / total
 
 
-def imported(source: Source, modules: Mapping[str, Source]) -> set[str]:
+def imported(source: SourceFile, modules: Mapping[str, SourceFile]) -> set[str]:
     """The repository's modules that a file imports, inside functions included, imports for type checks excluded."""
     found: set[str] = set()
 
@@ -146,7 +146,7 @@ def imported(source: Source, modules: Mapping[str, Source]) -> set[str]:
     return found & modules.keys()
 
 
-def circles(found: Iterable[Source]) -> list[list[str]]:
+def circles(found: Iterable[SourceFile]) -> list[list[str]]:
     """Groups of modules that import each other, directly or by way of others."""
     modules = {".".join(source.path.with_suffix("").parts).removesuffix(".__init__"): source for source in found}
     edges = {name: imported(source, modules) - {name} for name, source in modules.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,22 @@ WEIGHTS = Path("common/foundation/weights")
 INSIDE_FUNCTIONS_ONLY = {"pyiqa", "torchvision"}  # one is non-commercial and optional, both are slow
 NOWHERE = {"data": {"pyiqa", "torchvision"}}  # the data workers are many and should be light
 GIVEN_UP = {"basicsr", "xformers"}  # their installs break
+OF_NO_MODULE = {
+    "tests": "rules and tools of the whole repository",
+    "tests/papers": "contracts that every paper keeps",
+    "tests/papers/dnf_sr/test_counts.py": "the paper's counts of parameters, over all its modules",
+    "tests/papers/f2idiff/test_counts.py": "the paper's counts of parameters, over all its modules",
+    "tests/papers/rfsr/test_counts.py": "the paper's counts of parameters, over all its modules",
+    "tests/launch/test_ddp.py": "several processes, over all papers",
+    "tests/launch/test_notebook.py": "the notebook",
+    "tests/launch/test_nothing_gets_in.py": "files of others, over all readers",
+    "tests/launch/test_odd_names.py": "odd names of files, over all commands",
+    "tests/launch/test_outputs.py": "the files that the commands leave",
+    "tests/launch/test_resume.py": "resumed fits, over all papers",
+    "tests/launch/test_seeds.py": "seeds, over all commands",
+    "tests/launch/test_stages.py": "runs in the place of a stage's checkpoint, over all commands",
+}
+"""Tests of several modules at once: a file, or the files directly in a folder, and what they test."""
 
 
 def files(folders: tuple[str, ...] = FOLDERS) -> Iterator[Path]:
@@ -131,6 +147,62 @@ class TestFiles:
         sizes = {path: (ROOT / path).stat().st_size for path in files()}
         assert not [f"{path}: {size}" for path, size in sizes.items() if size > 2**20 and WEIGHTS not in path.parents]
         assert sum(size for path, size in sizes.items() if WEIGHTS in path.parents) < 20 * 2**20
+
+
+def strays(tests: Iterable[Path], root: Path) -> list[Path]:
+    """Test files that are named after no module or package of the source in the place that mirrors theirs."""
+    found = []
+    for path in tests:
+        module = root.joinpath(*path.parts[1:-1], path.stem.removeprefix("test_"))
+        if not (module.with_suffix(".py").is_file() or module.is_dir()):
+            found.append(path)
+    return found
+
+
+class TestMirror:
+    """tests/ mirrors the source: the tests of `data/prompts.py` are `tests/data/test_prompts.py`."""
+
+    def test_every_test_file_is_named_after_its_module(self) -> None:
+        tests = [path for path in python_files("tests") if path.name.startswith("test_")]
+        found = [path for path in strays(tests, ROOT) if not {str(path), str(path.parent)} & OF_NO_MODULE.keys()]
+        assert not found, f"{found}: name each after the module it tests, in the same place, or add it to OF_NO_MODULE"
+
+    def test_every_exception_is_needed(self) -> None:
+        tests = [path for path in python_files("tests") if path.name.startswith("test_")]
+        needed = {place for path in strays(tests, ROOT) for place in (str(path), str(path.parent))}
+        assert not OF_NO_MODULE.keys() - needed
+
+    def test_a_stray_is_found(self, tmp_path: Path) -> None:
+        (tmp_path / "data" / "degradations").mkdir(parents=True)
+        (tmp_path / "data" / "prompts.py").touch()
+        names = ["data/test_prompts.py", "data/test_degradations.py", "data/test_gone.py", "test_prompts.py"]
+        tests = [Path("tests", name) for name in names]
+        assert strays(tests, tmp_path) == [Path("tests/data/test_gone.py"), Path("tests/test_prompts.py")]
+
+
+def class_names(source: str) -> Iterator[str]:
+    """Names of a file's classes, and of its types that are assigned: `Pixels = NDArray[np.uint8]`."""
+    tree = ast.parse(source)
+    yield from (node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    for node in tree.body:
+        for target in node.targets if isinstance(node, ast.Assign) else []:
+            if isinstance(target, ast.Name) and target.id[0].isupper() and not target.id.isupper():
+                yield target.id
+
+
+class TestNames:
+    def test_no_two_classes_share_a_name(self) -> None:
+        """In the source; tests have their small stand-ins, and pytest groups its test classes by file."""
+        places: dict[str, list[str]] = {}
+        for path in python_files(*MAY_IMPORT, "benchmarks", "docs"):
+            for name in class_names((ROOT / path).read_text()):
+                places.setdefault(name, []).append(str(path))
+        shared = {name: found for name, found in places.items() if len(found) > 1}
+        assert not shared, f"{shared}: give each a name that tells what it is"
+
+    def test_classes_and_types_are_found(self) -> None:
+        source = "class A:\n    class B: ...\nPixels = list[int]\nLIMIT = 3\nx = 1\ndef f():\n    class C: ..."
+        assert sorted(class_names(source)) == ["A", "B", "C", "Pixels"]
 
 
 def commands(text: str, program: str) -> set[str]:

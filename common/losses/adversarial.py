@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["bce", "bce_smooth", "hinge"]
+AdversarialKind = Literal["bce", "bce_smooth", "hinge"]
 Levels = Literal["sum", "mean"]
 Logits = Tensor | Sequence[Tensor]
 
 _REAL_LABEL = 0.8  # of `bce_smooth`, in both steps
 
 
-def generator_loss(kind: Kind, logits_fake: Logits, levels: Levels = "sum") -> Tensor:
+def generator_loss(kind: AdversarialKind, logits_fake: Logits, levels: Levels = "sum") -> Tensor:
     """Loss of the generator.
 
     Args:
@@ -41,7 +41,9 @@ def generator_loss(kind: Kind, logits_fake: Logits, levels: Levels = "sum") -> T
     return _join([_generator_level(kind, fake.float()).mean(1) for fake in _flat_levels(logits_fake)], levels)
 
 
-def discriminator_loss(kind: Kind, logits_real: Logits, logits_fake: Logits, levels: Levels = "sum") -> Tensor:
+def discriminator_loss(
+    kind: AdversarialKind, logits_real: Logits, logits_fake: Logits, levels: Levels = "sum"
+) -> Tensor:
     """Loss of the discriminator.
 
     Args:
@@ -64,7 +66,7 @@ def discriminator_loss(kind: Kind, logits_real: Logits, logits_fake: Logits, lev
     return _join([_discriminator_level(kind, real.float(), fake.float()) for real, fake in pairs], levels)
 
 
-def _generator_level(kind: Kind, fake: Tensor) -> Tensor:
+def _generator_level(kind: AdversarialKind, fake: Tensor) -> Tensor:
     if kind == "bce":
         return F.softplus(-fake)
     if kind == "bce_smooth":
@@ -74,7 +76,7 @@ def _generator_level(kind: Kind, fake: Tensor) -> Tensor:
     raise ValueError(f"kind={kind!r} is unknown; use 'bce', 'bce_smooth' or 'hinge'.")
 
 
-def _discriminator_level(kind: Kind, real: Tensor, fake: Tensor) -> Tensor:
+def _discriminator_level(kind: AdversarialKind, real: Tensor, fake: Tensor) -> Tensor:
     if kind == "bce":
         return F.softplus(-real).mean(1) + F.softplus(fake).mean(1)
     if kind == "bce_smooth":

@@ -23,7 +23,7 @@ CONFIGS = Path(common.__file__).parent / "foundation" / "configs"
 PAPERS = Path(papers.__file__).parent
 
 
-class Stage(NamedTuple):
+class RecipeStage(NamedTuple):
     """A stage: its name, its recipe, and the setting of the model that takes the folder of an earlier stage."""
 
     name: str
@@ -33,15 +33,17 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("vae", CONFIGS / "vae.yaml"),
-    Stage("vae_tune", CONFIGS / "vae_tune.yaml", after="vae"),
-    Stage("vae_decoder", CONFIGS / "vae_decoder.yaml", after="vae_tune"),
-    Stage("vae_long", CONFIGS / "vae_long.yaml", after="vae_decoder"),
-    Stage("vae_noisy", CONFIGS / "vae_noisy.yaml", after="vae_long"),
-    Stage("unet", CONFIGS / "unet.yaml", "vae", after="vae_noisy"),
-    Stage("unet_features", PAPERS / "f2idiff" / "configs" / "foundation_tiny.yaml", "pretrained", after="unet"),
-    Stage("flow", CONFIGS / "flow.yaml", "pretrained", after="unet"),
-    Stage("controlnet", PAPERS / "rfsr" / "configs" / "base_tiny.yaml", "base.init_args.pretrained", after="unet"),
+    RecipeStage("vae", CONFIGS / "vae.yaml"),
+    RecipeStage("vae_tune", CONFIGS / "vae_tune.yaml", after="vae"),
+    RecipeStage("vae_decoder", CONFIGS / "vae_decoder.yaml", after="vae_tune"),
+    RecipeStage("vae_long", CONFIGS / "vae_long.yaml", after="vae_decoder"),
+    RecipeStage("vae_noisy", CONFIGS / "vae_noisy.yaml", after="vae_long"),
+    RecipeStage("unet", CONFIGS / "unet.yaml", "vae", after="vae_noisy"),
+    RecipeStage("unet_features", PAPERS / "f2idiff" / "configs" / "foundation_tiny.yaml", "pretrained", after="unet"),
+    RecipeStage("flow", CONFIGS / "flow.yaml", "pretrained", after="unet"),
+    RecipeStage(
+        "controlnet", PAPERS / "rfsr" / "configs" / "base_tiny.yaml", "base.init_args.pretrained", after="unet"
+    ),
 )
 
 
@@ -67,7 +69,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _fit(stage: Stage, stages: Path, steps: int | None) -> None:
+def _fit(stage: RecipeStage, stages: Path, steps: int | None) -> None:
     from launch.lightning_cli import IsrCLI  # imports Lightning, which --help need not
 
     start = [f"--model.{stage.argument}={stages / stage.after}"] if stage.after else []
@@ -86,7 +88,7 @@ def _fit(stage: Stage, stages: Path, steps: int | None) -> None:
     unfinished.rename(stages / stage.name)
 
 
-def _quick(stage: Stage, steps: int | None) -> list[str]:
+def _quick(stage: RecipeStage, steps: int | None) -> list[str]:
     """Flags that end a stage after a few steps."""
     if steps is None:
         return []

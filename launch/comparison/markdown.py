@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 from common.figures import read_caption
+from common.statistics import FEW, RESAMPLES
 from launch.comparison.pictures import ENLARGE, NamedFigure, Pictures
 from launch.comparison.report import Report
-from launch.comparison.statistics import FEW, RESAMPLES
 from launch.comparison.tables import (
     arrow,
     costs_table,

@@ -26,7 +26,7 @@ from common.pyiqa import MetricUnavailableError
 from launch.errors import UsageError
 
 
-class Weights(NamedTuple):
+class MetricWeights(NamedTuple):
     """A file that a metric reads: in which cache it lies, and where it comes from."""
 
     cache: Literal["pyiqa", "torchvision", "clip", "openai-clip", "hub"]
@@ -64,7 +64,7 @@ class Known:
 
     id: str
     reference: bool
-    weights: tuple[Weights, ...] = ()
+    weights: tuple[MetricWeights, ...] = ()
     digits: int = 4
 
     @property
@@ -75,26 +75,26 @@ class Known:
         return "Apache-2.0 (torchmetrics)" if self.id.startswith("torchmetrics:") else "Apache-2.0"
 
     @property
-    def absent(self) -> list[Weights]:
+    def absent(self) -> list[MetricWeights]:
         """Files that are missing."""
         return [file for file in self.weights if not file.present]
 
 
-def _pyiqa(*names: str) -> tuple[Weights, ...]:
+def _pyiqa(*names: str) -> tuple[MetricWeights, ...]:
     hub = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
-    return tuple(Weights("pyiqa", name, f"{hub}/{name}") for name in names)
+    return tuple(MetricWeights("pyiqa", name, f"{hub}/{name}") for name in names)
 
 
-def _torchvision(name: str) -> tuple[Weights, ...]:
-    return (Weights("torchvision", name, f"https://download.pytorch.org/models/{name}"),)
+def _torchvision(name: str) -> tuple[MetricWeights, ...]:
+    return (MetricWeights("torchvision", name, f"https://download.pytorch.org/models/{name}"),)
 
 
-def _clip(cache: Literal["clip", "openai-clip"], name: str, sha: str) -> tuple[Weights, ...]:
-    return (Weights(cache, name, f"https://openaipublic.azureedge.net/clip/models/{sha}/{name}"),)
+def _clip(cache: Literal["clip", "openai-clip"], name: str, sha: str) -> tuple[MetricWeights, ...]:
+    return (MetricWeights(cache, name, f"https://openaipublic.azureedge.net/clip/models/{sha}/{name}"),)
 
 
-def _hub(name: str) -> tuple[Weights, ...]:
-    return (Weights("hub", name, f"https://huggingface.co/{name}"),)
+def _hub(name: str) -> tuple[MetricWeights, ...]:
+    return (MetricWeights("hub", name, f"https://huggingface.co/{name}"),)
 
 
 _ALEXNET, _VGG16 = _torchvision("alexnet-owt-7be5be79.pth"), _torchvision("vgg16-397923af.pth")

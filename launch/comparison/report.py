@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.metrics import MetricProtocol
+from common.statistics import FEW
 from launch.comparison import measures
 from launch.comparison.inputs import Item
 from launch.comparison.methods import Baseline, Method
-from launch.comparison.statistics import FEW, Mean, PairedGain, gain_of, mean_of, mean_ranks, photo_of
+from launch.comparison.statistics import Mean, PairedGain, gain_of, mean_of, mean_ranks, photo_of
 from launch.comparison.store import Store
 from launch.comparison.work import Work
 

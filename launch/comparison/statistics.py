@@ -1,33 +1,23 @@
 """Means, paired differences and ranks of per-image numbers, with bootstrap intervals that resample photos.
 
-Crops of one photo, and one crop degraded several times, resemble each other. Where the images' names say that they are
-such crops (`<photo>_r<row>c<column>_s<seed>`), whole photos are drawn, all of a photo's crops with it; any other image
-counts as a photo of its own, and the interval is the ordinary bootstrap's. So it is where there are fewer than `FEW`
-photos, of which too few samples could be drawn to speak of an interval: the images are drawn, as if each were a photo.
+Crops of one photo, and one crop degraded several times, resemble each other. Where the images' names mark such crops
+(`<photo>_r<row>c<column>_s<seed>`), whole photos are drawn, all of a photo's crops with it. Any other image counts as a
+photo of its own, and the interval is the ordinary bootstrap's. With fewer than `FEW` photos too few samples could be
+drawn for an interval; the images are then drawn, as if each were a photo.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-RESAMPLES = 10_000
-FEW = 6
-"""Photos below which images are drawn: of k photos, k agree by chance, one way, in 2 of 2^k cases, with 6 in 3 %."""
+from common.statistics import Interval, bootstrap_interval
+
 CROP = re.compile(r"(?P<photo>.+)_(?P<place>r\d+c\d+)_s\d+")
 """Name of a crop of the embedded photos."""
-_CHUNK = 1_000  # resamples at a time
-
-
-class Interval(NamedTuple):
-    """A 95 % interval."""
-
-    low: float
-    high: float
 
 
 class Mean(NamedTuple):
@@ -55,35 +45,6 @@ def photo_of(image: str) -> str:
     """The photo that an image is a crop of, by its name; the image itself if the name does not say."""
     match = CROP.fullmatch(image)
     return match["photo"] if match else image
-
-
-def bootstrap_interval(values: ArrayLike, photos: Sequence[str] | None = None, seed: int = 0) -> Interval | None:
-    """95 % percentile bootstrap interval of the mean: photos are drawn with replacement, images where photos are few.
-
-    Args:
-        values: One number for each image, (n,).
-        photos: The photo each image belongs to; default, and where there are fewer than `FEW`: every image is one.
-        seed: Random seed of the draws.
-
-    Returns:
-        The interval; None for a single image, of which nothing can be drawn.
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    sums: NDArray[np.float64] = numbers
-    counts: NDArray[np.float64] = np.ones(len(numbers))
-    if photos is not None and len(set(photos)) >= FEW:
-        _, group = np.unique(list(photos), return_inverse=True)
-        sums = np.bincount(group, numbers).astype(np.float64)
-        counts = np.bincount(group).astype(np.float64)
-    if len(sums) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    means: list[NDArray[np.float64]] = []
-    for _ in range(RESAMPLES // _CHUNK):
-        drawn = rng.integers(len(sums), size=(_CHUNK, len(sums)))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return Interval(float(low), float(high))
 
 
 def mean_of(values: Mapping[str, float]) -> Mean | None:

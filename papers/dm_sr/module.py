@@ -54,7 +54,7 @@ NOISE_KEPT = 2**18
 """Values that it takes of all tiles at most: 2 MB with their keys, whatever the number of images and their size."""
 
 
-class Conditions(NamedTuple):
+class DMSRConditions(NamedTuple):
     """Conditions of whole images: the noise level they are moved to, and their text."""
 
     t_hat: Tensor
@@ -305,7 +305,7 @@ class DMSR(RestorationModule):
         assert self.encoder is not None
         return self.denoiser(self.encoder(i_lr_pm1, t_hat), t_hat.round().long(), c)
 
-    def prepare(self, x_lq: Tensor, prompts: list[str]) -> Conditions:
+    def prepare(self, x_lq: Tensor, prompts: list[str]) -> DMSRConditions:
         """Timestep and text belong to the whole image, not to the tile.
 
         The estimator also takes large images tile by tile. The mean of its timesteps is used: T itself is a mean over
@@ -318,10 +318,10 @@ class DMSR(RestorationModule):
         t_hat = torch.stack([self.timesteps(bicubic_upsample(part, self.scale)) for part in parts]).mean(0)
         if self.captioner is not None:
             texts = self.captioner.to(self.device)(x_lq)
-            return Conditions(t_hat, encode_prompts(self.pretrained, texts, self.device, keep=True))
-        return Conditions(t_hat, self.text_condition(prompts))
+            return DMSRConditions(t_hat, encode_prompts(self.pretrained, texts, self.device, keep=True))
+        return DMSRConditions(t_hat, self.text_condition(prompts))
 
-    def restore(self, x_lq: Tensor, conditions: Conditions) -> Tensor:
+    def restore(self, x_lq: Tensor, conditions: DMSRConditions) -> Tensor:
         """Encode, split into noise and image (in one step or several), decode the image."""
         assert self.encoder is not None
         t_hat, c = conditions

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from common.figures import save_figure
 from common.files import replacing
+from common.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DRAWS = 10_000  # bootstrap samples
 _DPI = 100
 
 
@@ -61,9 +61,7 @@ def paired_gains(rows: Sequence[Comparison]) -> list[Gain]:
                 pairs.setdefault((row.dataset, row.image), []).append((row.before[metric], row.after[metric]))
         means = np.array([np.mean(values, axis=0) for values in pairs.values()])  # (images, 2)
         differences = means[:, 1] - means[:, 0]
-        rng = np.random.default_rng(0)
-        draws = [differences[rng.integers(len(differences), size=len(differences))].mean() for _ in range(_DRAWS)]
-        low, high = np.quantile(draws, (0.025, 0.975))
+        low, high = bootstrap_interval(differences) or (differences[0], differences[0])  # one image: no interval
         before, after = means.mean(0)
         noises = max(len(values) for values in pairs.values())
         gains.append(Gain(metric, float(before), float(after), float(low), float(high), len(means), noises))

@@ -13,7 +13,7 @@ from common.conditioning.text import encode_prompts, text_fingerprint
 from common.precision import FrozenDtype
 from common.stages import fingerprint
 
-Kind = Literal["features", "text"]
+ConditionKind = Literal["features", "text"]
 Null = Literal["zeros", "learned"]
 
 

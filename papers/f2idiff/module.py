@@ -37,7 +37,7 @@ from common.precision import FrozenDtype, hold
 from common.restoration import Inference, RestorationModule
 from common.stages import Stage, digest
 from common.training import Batch
-from papers.f2idiff.conditions import Condition, FeatureCondition, Kind, TextCondition, drop
+from papers.f2idiff.conditions import Condition, ConditionKind, FeatureCondition, TextCondition, drop
 from papers.f2idiff.foundation import Opened, check_frozen, frozen_digests, open_foundation
 
 UPSAMPLING = ("nearest", "bilinear", "bicubic")
@@ -113,7 +113,7 @@ class F2IDiffSR(RestorationModule):
         foundation: str | None = None,
         unet: str = "unet",
         architecture: str = "f2idiff",
-        condition: Kind = "features",
+        condition: ConditionKind = "features",
         features: str = "facebook/dinov2-large",
         feature_tokens: Tokens = "all",
         feature_size: int | None = None,

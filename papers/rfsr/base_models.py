@@ -40,7 +40,7 @@ class Description(NamedTuple):
     e_img: Tensor | None
 
 
-class Conditions(NamedTuple):
+class TileConditions(NamedTuple):
     """Conditions of one tile: its latents z_lq (B,C,h,w), the ControlNet's input, and the whole image's conditions."""
 
     z_lq: Tensor
@@ -102,11 +102,11 @@ class Base(nn.Module, ABC):
         """The ControlNet's input, made from the enlarged images (B,3,H,W) in [0,1] and their latents."""
 
     @abstractmethod
-    def residuals(self, z_t: Tensor, t: int | Tensor, c: Conditions) -> Residuals:
+    def residuals(self, z_t: Tensor, t: int | Tensor, c: TileConditions) -> Residuals:
         """Run the ControlNet."""
 
     @abstractmethod
-    def denoise(self, z_t: Tensor, t: int | Tensor, c: Conditions, residuals: Residuals) -> Tensor:
+    def denoise(self, z_t: Tensor, t: int | Tensor, c: TileConditions, residuals: Residuals) -> Tensor:
         """Run the U-Net; returns eps, (B,C,h,w), float32 at least."""
 
     def look(self, x_lq: Tensor, prompts: list[str]) -> Seen:
@@ -139,29 +139,29 @@ class Base(nn.Module, ABC):
         """A sampler at its first step."""
         return make_sampler(self.config, self.kind, self.steps, self.spacing)
 
-    def see(self, x_lq: Tensor, scale: int, description: Description) -> Conditions:
+    def see(self, x_lq: Tensor, scale: int, description: Description) -> TileConditions:
         """Conditions of tiles (B,3,h,w) in [0,1]: z_lq = E(bicubic x_lq), and the ControlNet's input."""
         x_up = bicubic_upsample(x_lq, scale)
         z_lq = self.codec.encode(to_pm1(x_up))
-        return Conditions(z_lq, self.control(x_up, z_lq), description)
+        return TileConditions(z_lq, self.control(x_up, z_lq), description)
 
-    def start(self, c: Conditions, noise: Tensor) -> Tensor:
+    def start(self, c: TileConditions, noise: Tensor) -> Tensor:
         """z_T = sqrt(abar) z_lq + sqrt(1 - abar) n at the schedule's last timestep: each image's own latents."""
         return self.schedule.add_noise(c.z_lq, noise, self.schedule.num_timesteps - 1)
 
-    def controls(self, z_t: Tensor, t: int, c: Conditions, cfg_scale: float = 1.0) -> list[Residuals]:
+    def controls(self, z_t: Tensor, t: int, c: TileConditions, cfg_scale: float = 1.0) -> list[Residuals]:
         """Run the ControlNet, with guidance also for the negative prompt."""
         return [self.residuals(z_t, t, told) for told in self._told(c, cfg_scale)]
 
     def predict(
-        self, z_t: Tensor, t: int, c: Conditions, cfg_scale: float = 1.0, controls: list[Residuals] | None = None
+        self, z_t: Tensor, t: int, c: TileConditions, cfg_scale: float = 1.0, controls: list[Residuals] | None = None
     ) -> Tensor:
         """ControlNet and U-Net: eps_neg + s (eps - eps_neg), or eps alone at s = 1.
 
         Args:
             z_t: Noisy latents, (B,C,h,w).
             t: Timestep.
-            c: Conditions.
+            c: TileConditions.
             cfg_scale: Guidance scale, s.
             controls: Outputs of another ControlNet, in the place of this one's.
 
@@ -176,7 +176,7 @@ class Base(nn.Module, ABC):
         return eps if not negative else negative[0] + cfg_scale * (eps - negative[0])
 
     @staticmethod
-    def _told(c: Conditions, cfg_scale: float) -> list[Conditions]:
+    def _told(c: TileConditions, cfg_scale: float) -> list[TileConditions]:
         if cfg_scale == 1:
             return [c]
         return [c, c._replace(description=c.description._replace(e_txt=c.description.e_neg))]
@@ -255,14 +255,14 @@ class SeeSR(Base):
         """The enlarged images."""
         return x_up
 
-    def residuals(self, z_t: Tensor, t: int | Tensor, c: Conditions) -> Residuals:
+    def residuals(self, z_t: Tensor, t: int | Tensor, c: TileConditions) -> Residuals:
         """Run the ControlNet."""
         e_txt, _, e_img = c.description
         assert e_img is not None
         residuals: Residuals = self.controlnet(z_t, t, e_txt, c.control, e_img)
         return residuals
 
-    def denoise(self, z_t: Tensor, t: int | Tensor, c: Conditions, residuals: Residuals) -> Tensor:
+    def denoise(self, z_t: Tensor, t: int | Tensor, c: TileConditions, residuals: Residuals) -> Tensor:
         """Run the U-Net."""
         e_txt, _, e_img = c.description
         assert e_img is not None
@@ -316,14 +316,14 @@ class ControlNet(Base):
         """The low-quality latents, which have the size of the noisy latents."""
         return z_lq
 
-    def residuals(self, z_t: Tensor, t: int | Tensor, c: Conditions) -> Residuals:
+    def residuals(self, z_t: Tensor, t: int | Tensor, c: TileConditions) -> Residuals:
         """Run the ControlNet."""
         dtype = input_dtype(self.controlnet.conv_in)
         e_txt = c.description.e_txt.to(dtype).expand(len(z_t), -1, -1)
         down, mid = self.controlnet(z_t.to(dtype), t, e_txt, c.control.to(dtype), return_dict=False)
         return Residuals(tuple(down), mid)
 
-    def denoise(self, z_t: Tensor, t: int | Tensor, c: Conditions, residuals: Residuals) -> Tensor:
+    def denoise(self, z_t: Tensor, t: int | Tensor, c: TileConditions, residuals: Residuals) -> Tensor:
         """Run the U-Net."""
         dtype = input_dtype(self.unet.conv_in)
         eps: Tensor = self.unet(

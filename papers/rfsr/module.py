@@ -28,7 +28,7 @@ from common.losses.gram import GramDistance, GramFeatures
 from common.parameters import Row
 from common.rewards import Reward, build_reward, reward_loss
 from common.training import Batch
-from papers.rfsr.base_models import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Description, TileConditions
 from papers.rfsr.drift import plot_drift
 from papers.rfsr.pretraining import BaseSR
 from papers.rfsr.sampling import advance, bands, trained_steps
@@ -333,7 +333,7 @@ class RFSR(BaseSR):
         )
         return self.steps[int(chosen)]
 
-    def rollout(self, c: Conditions, st: int, draws: Draws) -> Tensor:
+    def rollout(self, c: TileConditions, st: int, draws: Draws) -> Tensor:
         """z_t, the input of step st (1 .. S): the sampler's steps 1 .. st - 1 from the base's own start latents."""
         z = self.base.start(c, draws.normal("start", c.z_lq.shape[1:]).to(c.z_lq))
         if self.rollout_kind == "none":
@@ -348,7 +348,7 @@ class RFSR(BaseSR):
         """I_t = clamp((D(x0) + 1) / 2, 0, 1) of x0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar); (B,3,H,W)."""
         return to_01(self.base.codec.decode(self.base.schedule.x0_from_eps(z_t, eps, t))).clamp(0, 1)
 
-    def reference(self, z_t: Tensor, t: int, c: Conditions) -> Reference:
+    def reference(self, z_t: Tensor, t: int, c: TileConditions) -> Reference:
         """Output of theta' for the same step, from the same z_t and conditions."""
         shared = self.reference_kind == "shared_control"
         controls = self.base.controls(z_t, t, c, self.train_cfg_scale) if shared else None

@@ -17,7 +17,7 @@ from common.parameters import Row
 from common.precision import hold
 from common.restoration import RestorationModule
 from common.training import Batch
-from papers.rfsr.base_models import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Description, TileConditions
 from papers.rfsr.sampling import advance
 
 
@@ -151,7 +151,7 @@ class BaseSR(RestorationModule):
         signal, sigma = self.base.schedule.coefficients(t, z)
         return (sigma / signal).square().clamp(max=self.weight_limit)
 
-    def see(self, x_lq: Tensor, texts: list[str], e_img: Tensor | None = None) -> Conditions:
+    def see(self, x_lq: Tensor, texts: list[str], e_img: Tensor | None = None) -> TileConditions:
         """Conditions of training crops, each of which counts as a whole image."""
         return self.base.see(x_lq, self.scale, self.base.describe(texts, e_img, x_lq.device))
 

@@ -24,7 +24,7 @@ from launch.parameters import build, parse, summary
 from papers.dm_sr import DMSR
 from papers.dm_sr import module as dm_sr
 from papers.dm_sr.losses import adversarial_loss, discriminator_objective
-from papers.dm_sr.module import PROMPT, Conditions
+from papers.dm_sr.module import PROMPT, DMSRConditions
 from papers.dm_sr.networks import TimestepEstimator
 from papers.dm_sr.sampling import timestep_at
 
@@ -327,7 +327,7 @@ class TestInference:
         tape, c = Tape().listen(model), encode_prompts(sd, ["a cat"])
         for given, rounded in (([12.6, 498.7], [13, 499]), ([0.4, 499.0], [0, 499]), ([0.0, 77.2], [0, 77])):
             t_hat = torch.tensor(given)
-            raw = model.upscale(lq_01(batch), ["", ""], Conditions(t_hat, c)).raw
+            raw = model.upscale(lq_01(batch), ["", ""], DMSRConditions(t_hat, c)).raw
             assert torch.equal(tape.calls["encoder"][-1].args[1], t_hat)
             x, t, text = tape.calls["unet"][-1].args
             assert t.tolist() == rounded
@@ -378,7 +378,7 @@ class TestSteps:
     def run(self, sd: str, batch: Batch, t_hat: Tensor, num_steps: int, noise: str) -> tuple[list[Any], Tensor]:
         model = configured(sd, timestep=0, num_steps=num_steps, multistep_noise=noise)
         tape = Tape().listen(model)
-        conditions = Conditions(t_hat, encode_prompts(sd, [PROMPT]))
+        conditions = DMSRConditions(t_hat, encode_prompts(sd, [PROMPT]))
         raw = model.upscale(lq_01(batch), ["", ""], conditions).raw
         assert tape.counts()["encoder"] == tape.counts()["decode"] == 1
         return [call.args[1].tolist() for call in tape.calls["unet"]], raw

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from common.conditioning.text import encode_prompts
 from common.loading import load_unet
 from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged, bases
-from papers.rfsr.base_models import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Description, TileConditions
 from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
 TAGS = ["roof, tree", "dog, grass"]
@@ -24,7 +24,7 @@ Batch = dict[str, Any]
 Make = Callable[..., RFSR]
 
 
-def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> Conditions:
+def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> TileConditions:
     texts, e_img = model.base.look(x_lq, prompts)
     return model.see(x_lq, texts, e_img)
 

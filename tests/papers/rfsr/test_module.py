@@ -25,7 +25,7 @@ from common.loading import WeightsNotFoundError
 from common.losses import GramKL, dwt_low
 from papers.rfsr import RFSR, BaseSR, Untagged
 from papers.rfsr import module as rfsr_module
-from papers.rfsr.base_models import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Description, TileConditions
 from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -41,7 +41,7 @@ def level(t: int) -> tuple[float, float]:
     return math.sqrt(ABAR[t]), math.sqrt(1 - ABAR[t])
 
 
-def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> Conditions:
+def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> TileConditions:
     texts, e_img = model.base.look(x_lq, prompts)
     return model.see(x_lq, texts, e_img)
 

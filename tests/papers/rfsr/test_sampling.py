@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from common.draws import Draws, generator
 from papers.rfsr import RFSR, BaseSR
-from papers.rfsr.base_models import Base, Conditions, Description
+from papers.rfsr.base_models import Base, Description, TileConditions
 from papers.rfsr.sampling import advance, bands, make_sampler, trained_steps
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -24,7 +24,7 @@ Batch = dict[str, Any]
 Make = Callable[..., RFSR]
 
 
-def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> Conditions:
+def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> TileConditions:
     texts, e_img = model.base.look(x_lq, prompts)
     return model.see(x_lq, texts, e_img)
 
@@ -123,7 +123,7 @@ class TestSteps:
         assert torch.equal(equal[0], equal[1])
 
 
-def conditions(model: RFSR, batch: Batch) -> Conditions:
+def conditions(model: RFSR, batch: Batch) -> TileConditions:
     with torch.no_grad():
         return see(model, batch["lq"].to(model.base.unet.dtype) / 255, batch["prompt"])
 
@@ -203,7 +203,7 @@ class TestRollout:
             assert not torch.equal(both, model.rollout(c, 5, Draws(0, torch.tensor([4, 3]))))
             for i in (0, 1):
                 own = c.description._replace(e_txt=c.description.e_txt[i : i + 1])
-                one = Conditions(c.z_lq[i : i + 1], c.control[i : i + 1], own)
+                one = TileConditions(c.z_lq[i : i + 1], c.control[i : i + 1], own)
                 assert_close(
                     model.rollout(one, 5, Draws(0, torch.tensor([3 + i]))), both[i : i + 1], rtol=1e-4, atol=1e-5
                 )

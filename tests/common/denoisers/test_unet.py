@@ -10,7 +10,7 @@ from common.adapters import add_lora
 from common.denoisers.unet import UNetDenoiser, sdxl_conditions
 from common.diffusion import NoiseSchedule
 
-from .networks import small_unet
+from ..networks import small_unet
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
