@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from common.conditioning.text import encode_prompts
 from common.loading import load_unet
-from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged, bases
+from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged, base_models
 from papers.rfsr.base_models import Base, Description, TileConditions
 from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
@@ -168,7 +168,7 @@ class TestControlNet:
         base.configure()
         grow, bare = ControlNetModel.from_unet, {"load_weights_from_unet": False}  # meta has none to copy
         monkeypatch.setattr(ControlNetModel, "from_unet", lambda unet, **config: grow(unet, **config | bare))
-        monkeypatch.setattr(bases, "load_unet", lambda _: load_unet("tiny").to("meta"))
+        monkeypatch.setattr(base_models, "load_unet", lambda _: load_unet("tiny").to("meta"))
         del calls[:]
         with torch.device("meta"):
             _, controlnet = base.load_networks()
