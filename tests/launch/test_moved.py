@@ -62,7 +62,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
         *("compare", "--runs", str(version.parent), "--pairs", str(pairs), "--metrics=psnr", "--output=report"),
         *("--device=cpu", "--no-efficiency"),
     ],
-    "parameters": lambda version, pairs: ["parameters", "-c", f"{version}/config.yaml"],
+    "parameters": lambda version, pairs: ["parameters", f"{version}/config.yaml"],
     "fit": lambda version, pairs: [
         *("fit", "-c", f"{version}/config.yaml", "--ckpt_path", f"{version}/checkpoints/last.ckpt"),
         *("--runs=runs", "--trainer.max_steps=2", *QUIET),
