@@ -71,7 +71,7 @@ def _device(found: Mapping[str, Any]) -> str:
     ]
     missing = [name for name in _names() if name not in items]
     if missing:
-        lines.append(f"\nNot measured: {', '.join(missing)}.\n")
+        lines.append(f"\nNot measured: {'; '.join(missing)}.\n")
     return "".join(lines)
 
 

@@ -52,9 +52,11 @@ class HoldFolder(Callback):
             InUseError: Another process has it.
         """
         log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
-        foreign = stage == "predict" and getattr(pl_module, "results_dir", None) is not None
-        if trainer.is_global_zero and log_dir and stage != "validate" and not foreign:
-            self._holding.enter_context(held(Path(log_dir) if stage == "fit" else Path(log_dir, stage)))
+        name = TrainerFn(stage).value  # Path would take the member's own name
+        given = any(getattr(pl_module, target, None) is not None for target in ("results_dir", "results_file"))
+        foreign = name == "predict" and given
+        if trainer.is_global_zero and log_dir and name != "validate" and not foreign:
+            self._holding.enter_context(held(Path(log_dir) if name == "fit" else Path(log_dir, name)))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go."""

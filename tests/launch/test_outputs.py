@@ -189,6 +189,20 @@ class TestTest:
         assert "holds " in capsys.readouterr().err
         assert content(results) == before
 
+    def test_a_test_and_a_prediction_leave_only_their_own_files_in_a_run(self, isr: Any, tmp_path: Path) -> None:
+        save(tmp_path / "photos" / "a.png", 64)
+        fit = ("fit", "--data.train", tmp_path / "photos", "--data.crop_size=32", "--trainer.max_steps=1")
+        assert isr(*fit, "--data.batch_size=1") == 0
+        (run,) = (tmp_path / "runs").rglob("version_0")
+        before = {path.relative_to(run) for path in run.rglob("*")}
+        photo = tmp_path / "photos" / "a.png"
+        assert isr("predict", "--data.predict", photo, "--output", tmp_path / "upscaled.png") == 0
+        after = {path.relative_to(run) for path in run.rglob("*")} - before
+        assert {path.name.partition(".out.")[0] for path in after} <= {"events"}  # Lightning opens TensorBoard's file
+        assert isr("test", "--data.test", self.benchmark(tmp_path / "set")) == 0
+        after = {path.relative_to(run) for path in run.iterdir()} - {path for path in before if len(path.parts) == 1}
+        assert {path.name.partition(".out.")[0] for path in after} == {"test", "events"}
+
     def test_a_training_set_around_the_runs_is_refused(self, isr: Any, tmp_path: Path, capsys: Any) -> None:
         save(tmp_path / "a.png", 64)
         fit = ("fit", "--data.train", tmp_path, "--data.crop_size=32", "--trainer.max_steps=1")
