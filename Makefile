@@ -45,7 +45,7 @@ foundation: .venv/.core  ## train the embedded tiny foundation again (an hour or
 
 # pyiqa brings opencv-python, which needs libGL, over opencv-python-headless: the headless files are laid on top again.
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[dev,metrics,compare]'
+	$(INSTALL) -e '.[dev,metrics,compare,tagger]'
 	$(INSTALL) --force-reinstall --no-deps opencv-python-headless
 	@touch .venv/.core $@
 

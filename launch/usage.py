@@ -38,7 +38,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "caption": (
         "isr caption photos -o captions.parquet",
-        "isr caption photos -o captions.csv --whole --batch-size 4",
+        "isr caption photos -o tags.csv --whole --batch-size 4 --model dape:preset/models",
     ),
     "export": (
         "isr export runs/rfsr/seesr -o seesr_rfsr",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.autoencoder import no_autocast
+from common.conditioning.ram import RamTagger
 from common.errors import one_line
 from common.loading import DTYPES, HUB_ID, WeightsNotFoundError, ask_hub
 from common.metrics import to_uint8
@@ -31,7 +32,8 @@ class Captioner:
 
     Args:
         model: Hub id, from the Hugging Face cache or else downloaded into it, or folder of a model that transformers
-            knows as image-text-to-text: LLaVA-OneVision, BLIP, Florence-2 and others.
+            knows as image-text-to-text: LLaVA-OneVision, BLIP, Florence-2 and others. `dape:FOLDER` and `ram:FOLDER`
+            give the tags of DAPE and RAM instead, see `common.conditioning.ram`; the arguments below are not for them.
         instruction: Question for a chat model, or one of Florence-2's tasks, such as `<CAPTION>`. null takes
             `FLORENCE_TASK` for Florence-2, as captions for training do, and `INSTRUCTION` for chat models. A model with
             neither chat template nor tasks, such as BLIP, gets the image alone.
@@ -61,10 +63,14 @@ class Captioner:
         self.dtype = dtype
         self._device = torch.device("cpu")
         self._loaded: tuple[Any, Any] | None = None
+        kind, _, folder = model.partition(":")
+        self._tagger = RamTagger(folder, kind == "dape") if kind in ("dape", "ram") and folder else None
 
     def to(self, device: torch.device | str) -> Captioner:
         """Set the device of the model; loads nothing."""
         self._device = torch.device(device)
+        if self._tagger is not None:
+            self._tagger.to(device)
         if self._loaded is not None:
             self._loaded[1].to(self._device, self._torch_dtype())
         return self
@@ -91,6 +97,8 @@ class Captioner:
         """
         if x_01.ndim != 4:
             raise ValueError(f"x_01 has shape {tuple(x_01.shape)}; pass (B, 3, h, w)")
+        if self._tagger is not None:
+            return self._tagger(x_01) if len(x_01) else []
         from PIL import Image
 
         images = [Image.fromarray(image) for image in to_uint8(x_01).permute(0, 2, 3, 1).cpu().numpy()]

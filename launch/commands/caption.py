@@ -155,7 +155,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default="florence-community/Florence-2-large",
-        help="hub id or folder of an image-to-text model (default: %(default)s, which transformers reads by itself)",
+        help="hub id or folder of an image-to-text model (default: %(default)s, which transformers reads by itself), "
+        "or dape:FOLDER or ram:FOLDER for tags by DAPE or RAM; --instruction and --max-new-tokens are not for these",
     )
     parser.add_argument(
         "--instruction",

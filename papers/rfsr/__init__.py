@@ -3,6 +3,6 @@
 from papers.rfsr.base_models import ControlNet, SeeSR
 from papers.rfsr.module import RFSR
 from papers.rfsr.pretraining import BaseSR
-from papers.rfsr.tags import TagFiles, Tagger, Untagged, write_tags
+from papers.rfsr.tags import DAPE, TagFiles, Tagger, Untagged, write_tags
 
-__all__ = ["RFSR", "BaseSR", "ControlNet", "SeeSR", "TagFiles", "Tagger", "Untagged", "write_tags"]
+__all__ = ["DAPE", "RFSR", "BaseSR", "ControlNet", "SeeSR", "TagFiles", "Tagger", "Untagged", "write_tags"]

@@ -238,7 +238,7 @@ class SeeSR(Base):
         source = f"random:{self.architecture}" if is_architecture_only() else self.networks
         if self.tagger is None and not source.startswith("random:"):
             raise ValueError(
-                "base.tagger=null: SeeSR needs tags and image tokens; give papers.rfsr.TagFiles, a class of yours, or "
+                "base.tagger=null: SeeSR needs tags and image tokens; give papers.rfsr.DAPE, a class of yours, or "
                 "papers.rfsr.Untagged to go without"
             )
         unet = load_diffusers_model(SeeSRUNet, source, "unet")

@@ -252,7 +252,7 @@ class RFSR(BaseSR):
             if reward.prompted and self.base.text_source == "none" and not self.data_info.has_prompts("train"):
                 log.warning(
                     "rewards=%s scores every image for the empty text: base.tagger gives no tags and no training image "
-                    "has a prompt. Set base.tagger to papers.rfsr.TagFiles, or data.prompts, or leave this reward out.",
+                    "has a prompt. Set base.tagger to papers.rfsr.DAPE, or data.prompts, or leave this reward out.",
                     reward.name,
                 )
             elif reward.prompted and self.base.text_source == "data":

@@ -1,7 +1,4 @@
-"""Conditions of SeeSR: an image's tags and its tokens from DAPE (SeeSR, arXiv:2311.16518, section 3.2).
-
-DAPE (RAM's Swin-L with LoRA) is not part of this repository: its outputs come from files or from a class of yours.
-"""
+"""Conditions of SeeSR: an image's tags and its tokens from DAPE (SeeSR, arXiv:2311.16518, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.conditioning.ram import RamTagger
 from common.files import replacing
 from common.metrics import to_uint8
 
@@ -28,11 +26,26 @@ class Seen(NamedTuple):
 
 
 class Tagger(ABC):
-    """Interface of a tagger of low-quality images; derive from it to run DAPE."""
+    """Interface of a tagger of low-quality images."""
 
     @abstractmethod
     def __call__(self, x_lq: Tensor) -> Seen:
         """Tags and tokens (DAPE's are 145 x 512) of whole images, (B,3,h,w), [0,1], before they are enlarged."""
+
+
+class DAPE(Tagger):
+    """SeeSR's tagger, run on each image, in training too; frozen, and without a part in checkpoints.
+
+    Args:
+        folder: Folder of its weights and tag list, see `common.conditioning.ram.RamTagger`; SeeSR's `preset/models`.
+    """
+
+    def __init__(self, folder: str = "preset/models") -> None:
+        self._tagger = RamTagger(folder)
+
+    def __call__(self, x_lq: Tensor) -> Seen:
+        """Tags and tokens by DAPE."""
+        return Seen(*self._tagger.to(x_lq.device).tag(x_lq))
 
 
 class TagFiles(Tagger):

@@ -1,9 +1,6 @@
 """Files of what a tagger said, found by an image's pixels."""
 
-import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +8,13 @@ import torch
 from PIL import Image
 
 import papers.rfsr
+from common.conditioning.ram import RamTagger
 from data import SRData
 from launch.cli import main
-from papers.rfsr import TagFiles, Untagged, write_tags
+from papers.rfsr import DAPE, TagFiles, Untagged, write_tags
 from papers.rfsr.tags import fingerprint
+
+from ...ram_files import sizes, write_folder
 
 
 @pytest.fixture
@@ -67,11 +67,6 @@ def test_untagged_says_nothing_in_the_shape_of_dapes_tokens() -> None:
     assert not seen.e_img.any()
 
 
-TAGGER = """(
-            [f"{len(x)} px, {x.mean():.4f}" for x in x_lq.flatten(1)], x_lq.mean((2, 3))[:, :1, None].expand(-1, 5, 10)
-        )"""
-
-
 @pytest.fixture
 def fit(sd: str, seesr: str, tmp_path: Path) -> list[str]:
     """One step of the card's demo on a small SeeSR, with a validation set of two crops."""
@@ -91,34 +86,29 @@ def fit(sd: str, seesr: str, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_the_cards_recipe_for_tags_trains_and_its_files_are_checked_at_the_start(
+def test_dape_runs_in_a_fit_and_files_of_its_tags_are_checked_at_the_start(
     fit: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card = (Path(papers.rfsr.__file__).parent / "README.md").read_text()
-    recipe = card[card.index("**Tags.**") :]
-    found = re.search(r"```python\n(.*?)```", recipe, re.DOTALL)
-    assert found is not None
-    code, holes = re.subn(r"(tags, tokens = )\.\.\..*", lambda line: line[1] + TAGGER, found[1])
-    assert holes == 1  # the reader's copy of DAPE
-    (named,) = re.findall(r"`--model\.base\.init_args\.tagger (\w+)\.DAPE`", recipe)
-    (tmp_path / f"{named}.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        assert main([*fit, f"--model.base.init_args.tagger={named}.DAPE"]) == 0
-        tagger: Any = sys.modules[named].DAPE()
-        data = SRData(val=str(tmp_path / "val"), crop_size=32)
-        data.setup("validate")
-        (loader,) = data.val_dataloader()
-        crops = [sample["lq"].float() / 255 for sample in loader]
-        files = ["--model.base.init_args.tagger=papers.rfsr.TagFiles"]
-        files.append(f"--model.base.init_args.tagger.init_args.folder={tmp_path / 'tags'}")
-        write_tags(tmp_path / "tags", crops[0], *tagger(crops[0]))
-        capsys.readouterr()
-        assert main([*fit, *files]) == 1
-        message = " ".join(capsys.readouterr().err.split())
-        assert "has no file for 1 of 2 validation images: photo_r0c1_s0; write DAPE's answers" in message
-        write_tags(tmp_path / "tags", crops[1], *tagger(crops[1]))
-        assert main([*fit, *files]) == 1  # validation is covered, new training crops never are
-        assert "for an image of 8 x 8 px; write DAPE" in " ".join(capsys.readouterr().err.split())
-    finally:
-        sys.modules.pop(named, None)
+    """Training makes new crops at each step, which DAPE tags and files never cover."""
+    monkeypatch.setattr(RamTagger, "sizes", sizes(context=10))
+    folder = write_folder(tmp_path / "models", context=10)
+    argument = "--model.base.init_args.tagger=papers.rfsr."
+    named = [f"{argument}DAPE", f"--model.base.init_args.tagger.init_args.folder={folder}"]
+    assert main([*fit, *named]) == 0
+    state = torch.load(next((tmp_path / "runs").rglob("last.ckpt")), weights_only=True)["state_dict"]
+    assert not [key for key in state if "tagger" in key]
+    tagger = DAPE(str(folder))
+    data = SRData(val=str(tmp_path / "val"), crop_size=32)
+    data.setup("validate")
+    (loader,) = data.val_dataloader()
+    crops = [sample["lq"].float() / 255 for sample in loader]
+    files = [f"{argument}TagFiles"]
+    files.append(f"--model.base.init_args.tagger.init_args.folder={tmp_path / 'tags'}")
+    write_tags(tmp_path / "tags", crops[0], *tagger(crops[0]))
+    capsys.readouterr()
+    assert main([*fit, *files]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "has no file for 1 of 2 validation images: photo_r0c1_s0; write DAPE's answers" in message
+    write_tags(tmp_path / "tags", crops[1], *tagger(crops[1]))
+    assert main([*fit, *files]) == 1  # validation is covered, new training crops never are
+    assert "for an image of 8 x 8 px; write DAPE" in " ".join(capsys.readouterr().err.split())
