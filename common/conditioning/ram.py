@@ -135,7 +135,7 @@ class RAM(nn.Module):
         patches = self.visual_encoder.forward_features(x).flatten(1, 2)
         e_img = self.image_proj(torch.cat([patches.mean(1, keepdim=True), patches], 1))
         embedded = F.relu(self.wordvec_proj(self.label_embed)).expand(len(x), -1, -1)
-        for layer in self.tagging_head["encoder"]["layer"]:
+        for layer in self.tagging_head.get_submodule("encoder.layer").children():
             embedded = layer(embedded, e_img)
         return Tagged(self.fc(embedded).squeeze(-1), e_img)
 
