@@ -6,6 +6,7 @@ torch's sense. It is stricter for trained parameters: every trainable key must b
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 _PARAMETRISATION = re.compile(r"(\.parametrizations\.\w+)\.\d+$")
 
@@ -177,6 +180,40 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
+def drop_objects(checkpoint: dict[str, Any]) -> None:
+    """Take settings that are Python objects out of a checkpoint, which a safe loader could not read; with a warning.
+
+    A Python program gives networks and functions.
+    """
+    settings = checkpoint.get("hyper_parameters", {})
+    plain = {key: value for key, value in settings.items() if is_plain(value)}
+    if len(plain) < len(settings):
+        dropped = ", ".join(sorted(settings.keys() - plain.keys()))
+        log.warning("settings that are Python objects are not in the checkpoint: %s", dropped)
+        checkpoint["hyper_parameters"] = plain
+
+
+def keep_only(checkpoint: dict[str, Any], keys: set[str]) -> None:
+    """Drop the weights of a checkpoint whose keys are not among those to keep."""
+    checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in keys}
+
+
+def check_fit(module: nn.Module, checkpoint: Mapping[str, Any], expected: set[str], source: str) -> None:
+    """Refuse a checkpoint whose weights do not fit.
+
+    Args:
+        module: The method, configured.
+        checkpoint: The checkpoint.
+        expected: Keys that it must hold, see `kept_keys`.
+        source: Name of the checkpoint, for messages.
+
+    Raises:
+        ValueError: It lacks a trained parameter, brings an unknown one, or has other shapes.
+    """
+    check_keys(expected, set(checkpoint["state_dict"]), source)
+    check_shapes(module, checkpoint["state_dict"], source)
+
+
 def trained_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """A checkpoint's `state_dict`, with the averages (EMA) in the place of the parameters that have one."""
     return {**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}
@@ -208,8 +245,6 @@ def load_trained_weights(
         ValueError: It does not fit.
     """
     checkpoint = without(read_checkpoint(path), left_out)
-    state: Mapping[str, Tensor] = checkpoint["state_dict"]
-    check_keys(expected, set(state), f"init_from={path}")
-    check_shapes(module, state, f"init_from={path}")
+    check_fit(module, checkpoint, expected, f"init_from={path}")
     weights = {name: value for name, value in trained_state(checkpoint).items() if "." in name}
     module.load_state_dict(weights, strict=False)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 VARIANCE_EPS = 1e-5
+LEVELS = 5
+"""Bands that the wavelet fix keeps."""
 
 
 def adain(sr: Tensor, reference: Tensor) -> Tensor:
@@ -34,10 +36,15 @@ def adain(sr: Tensor, reference: Tensor) -> Tensor:
     x = sr.float()
     mean, std = _statistics(x)
     reference_mean, reference_std = _statistics(reference.float())
-    return ((x - mean) / std * reference_std + reference_mean).to(sr.dtype)
+    return recolored(x, mean, std, reference_mean, reference_std).to(sr.dtype)
 
 
-def wavelet(sr: Tensor, reference: Tensor, levels: int = 5) -> Tensor:
+def recolored(x: Tensor, mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor) -> Tensor:
+    """Shift and scale images of one mean and standard deviation, each (B, 3, 1, 1), to those of a reference."""
+    return (x - mean) / std * reference_std + reference_mean
+
+
+def wavelet(sr: Tensor, reference: Tensor, levels: int = LEVELS) -> Tensor:
     """Exchange the low frequencies for the reference's, as StableSR (arXiv:2305.07015, Sec. 3.3) does.
 
     An a-trous decomposition splits an image into `levels` bands and a rest, `low`. The result is the bands of `sr` on

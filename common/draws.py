@@ -57,6 +57,19 @@ class Draws:
         return torch.stack([draw(generator(self.seed, stream, index)) for index in self.index]).to(self.device)
 
 
+def counted_index(size: int, batches: int, processes: int, rank: int) -> Tensor:
+    """Places in the run's data order, (size,), of a batch that has no `index`, as of a foreign data module.
+
+    Args:
+        size: Size of the batch.
+        batches: Batches that each process has had before.
+        processes: Number of processes.
+        rank: Number of this process.
+    """
+    first = (batches * processes + rank) * size
+    return torch.arange(first, first + size)
+
+
 @contextmanager
 def own_random_state(device: torch.device) -> Iterator[None]:
     """Run under seed 0 and put Python's, numpy's and torch's random states (CPU, `device`) back afterwards."""

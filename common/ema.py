@@ -73,6 +73,16 @@ class EMA:
         """Averages and their count, plain enough for torch.load's safe default."""
         return {"updates": self.updates, "average": self.average}
 
+    def load_checkpoint(self, checkpoint: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Continue from a checkpoint's average.
+
+        Raises:
+            ValueError: It holds none, or averages other parameters than these.
+        """
+        if "ema" not in checkpoint:
+            raise ValueError("ema_decay is set and the checkpoint holds no average; set model.ema_decay=null")
+        self.load_state_dict(checkpoint["ema"], parameters)
+
     def load_state_dict(self, state: Mapping[str, object], parameters: Mapping[str, nn.Parameter]) -> None:
         """Continue from a saved state.
 

@@ -99,12 +99,67 @@ class Scores:
         unique = {(s.method, s.dataset, s.image, s.metric): s for s in gathered(scores)}
         return sorted(unique.values(), key=lambda s: (s.dataset, s.method, s.metric, s.image))
 
+    def collect(self, stage: str, gathered: Callable[[list[Score]], list[Score]], warns: bool) -> list[Score]:
+        """As `take`, with warnings.
+
+        Args:
+            stage: `val` or `test`.
+            gathered: As for `take`.
+            warns: True in the process that logs why images have no number.
+        """
+        scores = self.take(gathered)
+        if warns:
+            self.warn(stage, scores)
+        return scores
+
+    def keep(self, path: Path) -> int:
+        """Write this process's scores of a test that stopped early.
+
+        Args:
+            path: A csv file, written if there are scores.
+
+        Returns:
+            The number of images with a score.
+        """
+        if self.rows:
+            write_scores(path, self.rows)
+        return len({(score.dataset, score.image) for score in self.rows})
+
     def warn(self, stage: str, scores: Iterable[Score]) -> None:
         """Log why images have no number, each reason once."""
         for line in lacking(scores):
             if line not in self._warned:
                 log.warning("%s: %s", stage, line)
             self._warned.add(line)
+
+
+class Previews:
+    """Images that a validation shows, by data set."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, dataset: str, batch: Mapping[str, Any], sr: Tensor, scale: int, limit: int) -> None:
+        """Keep a batch's first image beside its inputs, while the data set has fewer images than `limit`."""
+        if len(self._rows.get(dataset, ())) < limit:
+            self._rows[dataset].append(side_by_side(batch, sr, scale).cpu())
+
+    def take(self) -> dict[str, Tensor]:
+        """One picture (3,H,W) in [0,1] a data set, by its name in the loggers, images below each other."""
+        rows, self._rows = self._rows, defaultdict(list)
+        widths = {dataset: min(row.shape[-1] for row in images) for dataset, images in rows.items()}
+        return {
+            f"val/{dataset}: lq | bicubic | sr | hq": torch.cat([row[..., : widths[dataset]] for row in images], dim=-2)
+            for dataset, images in rows.items()
+        }
+
+
+def named_means(stage: str, scores: Iterable[Score]) -> dict[str, float]:
+    """`means` by the names under which they are logged; those before the colour fix end in `_raw`."""
+    return {
+        f"{stage}/{dataset}/{metric}{'_raw' if method.endswith('(raw)') else ''}": mean
+        for (method, dataset, metric), mean in means(scores).items()
+    }
 
 
 def means(scores: Iterable[Score]) -> dict[tuple[str, str, str], float]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.processes import reduce
+
 _NEVER = 2**62
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or its gradient became NaN or infinite; its batch was saved and changed no weight and no average."""
 
 
 class Later:
@@ -82,10 +91,115 @@ class Guard:
         return _code(self.first)
 
 
-def reduce(value: Tensor, operation: Literal["MIN", "MAX"]) -> None:
-    """Make a tensor, in place, the smallest or largest of all processes; a collective operation among several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value, op=getattr(torch.distributed.ReduceOp, operation))
+class StepGuard:
+    """Stops a fit after a train step whose loss or gradient is not finite, and saves the step's batch.
+
+    Attributes:
+        folder: Folder for saved batches.
+    """
+
+    def __init__(self) -> None:
+        self._guard: Guard | None = None
+        self._optimizers: Sequence[str] = ()
+        self._batches: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2)  # the last ones, with their train steps
+        self._step = 0
+        self.folder, self._rank = Path("."), 0
+
+    def start(self, optimizers: Sequence[str], folder: Path, rank: int) -> None:
+        """Start a fit: forget what an earlier one found.
+
+        Args:
+            optimizers: Names of the optimisers, in the same order in all processes.
+            folder: Folder for saved batches.
+            rank: Number of this process, for the names of saved batches.
+        """
+        self._guard, self._optimizers, self.folder, self._rank = None, list(optimizers), folder, rank
+
+    def begin(self, step: int, batch: dict[str, Any]) -> None:
+        """Begin a train step, whose batch is kept until the end of the next step."""
+        self._step = step
+        self._batches.append((step, batch))
+
+    def check_loss(self, optimizer: str, loss: Tensor) -> None:
+        """Note on the device if an optimiser's loss is not finite."""
+        self._note(loss, optimizer, 0)
+
+    def check_gradient(self, optimizer: str, norm: Tensor, scale: Tensor | None) -> None:
+        """Note on the device if an optimiser's gradient is not finite.
+
+        Args:
+            optimizer: Name of the optimiser.
+            norm: Norm of its gradient.
+            scale: Scale of a gradient scaler. While it can still go down, an infinite gradient is an overflow.
+        """
+        self._note(norm, optimizer, 1, unless=None if scale is None else scale > 1)
+
+    def _note(self, value: Tensor, optimizer: str, kind: int, unless: Tensor | None = None) -> None:
+        """A finding's code holds the train step, the place of the optimiser, and 0 for its loss, 1 for its gradient."""
+        if self._guard is None:
+            self._guard = Guard(value.device)
+        place = self._step * len(self._optimizers) + self._optimizers.index(optimizer)
+        self._guard.note(value, 2 * place + kind, unless)
+
+    def found(self) -> Tensor:
+        """True on the device if there is a finding in any process; a collective operation."""
+        assert self._guard is not None
+        self._guard.reduce()
+        return self._guard.found
+
+    def end(self, agreed: bool) -> None:
+        """Stop if the step before this one was not finite: the device has done that one and may still do this one.
+
+        Args:
+            agreed: False if no `found` has followed this step's checks.
+
+        Raises:
+            NonFiniteLossError: It was not.
+        """
+        if self._guard is None:
+            return
+        if not agreed:
+            self._guard.reduce()
+        self._stop(self._guard.exchange())
+
+    def stop_if_found(self) -> None:
+        """Stop if any step was not finite; waits for the device and is a collective operation.
+
+        Raises:
+            NonFiniteLossError: One was not.
+        """
+        if self._guard is not None:
+            self._stop(self._guard.now())
+
+    def _stop(self, code: int | None) -> None:
+        """Save the batch of a finding and raise, in every process alike."""
+        if code is None:
+            return
+        assert self._guard is not None
+        place, kind = divmod(code, 2)
+        step, which = divmod(place, len(self._optimizers))
+        path = self.save_batch("nonfinite", step)
+        value = float(self._guard.value)
+        found = "not finite in another process" if math.isfinite(value) else str(value)
+        raise NonFiniteLossError(
+            f"the {self._optimizers[which]} {('loss', 'gradient norm')[kind]} is {found} at train step {step}; the "
+            f"batch is in {path}, no weight and no average was changed by it, and the last checkpoint is of a step "
+            "before it: lower the learning rate, or look at that batch"
+        )
+
+    def save_batch(self, name: str, step: int) -> Path:
+        """Save this process's batch of a train step, one of the last two.
+
+        Args:
+            name: Start of the file's name.
+            step: The train step.
+
+        Returns:
+            The file, which holds plain tensors, texts and numbers.
+        """
+        path = self.folder / f"{name}_step{step}_rank{self._rank}.pt"
+        save_batch(dict(self._batches)[step], path)
+        return path
 
 
 def _code(first: Tensor) -> int | None:

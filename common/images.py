@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -21,6 +23,14 @@ def to_pm1(x_01: Tensor) -> Tensor:
 def to_01(x_pm1: Tensor) -> Tensor:
     """[-1, 1] to [0, 1], without a clamp: a clamp before a loss kills the gradient outside the range."""
     return x_pm1 * 0.5 + 0.5
+
+
+def as_float(batch: dict[str, Any]) -> dict[str, Any]:
+    """Convert a batch's images, in place, from uint8 to float in [0, 1]: they come as bytes to the device."""
+    for key in ("lq", "hq"):
+        if key in batch and batch[key].dtype == torch.uint8:
+            batch[key] = batch[key].float() / 255
+    return batch
 
 
 def bicubic_upsample(x_01: Tensor, scale: int) -> Tensor:

@@ -26,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.color import VARIANCE_EPS, wavelet
+from common.color import LEVELS, VARIANCE_EPS, recolored, wavelet
 from common.files import held, replacing
 from common.images import bicubic_upsample
 from common.metrics import to_uint8
-from common.tiling import Blend, blend_window, pad_to_multiple, plan_tiles
+from common.tiling import Blend, blend_in, blend_window, pad_to_multiple, plan_tiles
 
 ColorFix = Literal["adain", "wavelet", "none"]
 PixelRows = NDArray[np.uint8]
@@ -40,7 +40,6 @@ BAND_PIXELS = 2**18
 """Output pixels of a band, the unit of all passes: some 50 MB of intermediates."""
 
 _MIN_ROWS = 64  # of a band, however wide the image: the halo of the wavelet fix costs 62 more
-_LEVELS = 5  # of the wavelet fix, as `common.color.color_fix` has them
 _STRIP = 64  # rows of a TIFF strip
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ def upscale_large(
         raise ValueError(f"x_lq is {x_lq.dtype} of shape {tuple(x_lq.shape)}; pass one float image, (1, 3, h, w)")
     if color_fix not in ("adain", "wavelet", "none"):
         raise ValueError(f"color_fix is {color_fix!r}; use adain, wavelet or none")
-    write_rows = _writer(target)
+    write_rows = writer_of(target)
     padded, (height, width) = pad_to_multiple(x_lq, size_multiple)
     tiles = TileStore(target.with_name(f"{target.name}.part"), padded.shape[-2:], tile, overlap, scale, blend)
     bands = plan_bands(scale * height, scale * width)
@@ -268,9 +267,8 @@ class TileStore:
             path, skipped, count = self._path(top, left), 4 * row * (upper - start), row * (lower - upper)
             x = torch.from_numpy(np.fromfile(path, np.float32, count, offset=skipped))
             area = (slice(upper - first, lower - first), slice(column, column + width))
-            window, mean_here = self._window[upper - start : lower - start], mean[:, *area]
-            total[area] += window
-            mean_here += window / total[area] * (x.view(-1, 3, width).transpose(0, 1) - mean_here)
+            window = self._window[upper - start : lower - start]
+            blend_in(mean[:, *area], total[area], x.view(-1, 3, width).transpose(0, 1), window)
         return mean[None]
 
     def clear(self) -> None:
@@ -303,19 +301,19 @@ def _adain(
     std = (square - mean.square() + VARIANCE_EPS).sqrt().float()
     reference_std = (reference_square - reference_mean.square() + VARIANCE_EPS).sqrt().float()
     mean, reference_mean = mean.float(), reference_mean.float()
-    return lambda band: (raw(band) - mean) / std * reference_std + reference_mean
+    return lambda band: recolored(raw(band), mean, std, reference_mean, reference_std)
 
 
 def _wavelet(
     raw: Callable[[RowRange], Tensor], reference: Callable[[RowRange], Tensor], height: int
 ) -> Callable[[RowRange], Tensor]:
     """`common.color.wavelet` by bands, each computed with the rows around it that its blurs reach."""
-    reach = 2**_LEVELS - 1  # 1 + 2 + 4 + ..
+    reach = 2**LEVELS - 1  # 1 + 2 + 4 + ..
 
     def fixed(band: RowRange) -> Tensor:
         first, last = band
         wider = (max(first - reach, 0), min(last + reach, height))
-        x = wavelet(raw(wider), reference(wider), _LEVELS)
+        x = wavelet(raw(wider), reference(wider))
         return x[..., first - wider[0] : last - wider[0], :]
 
     return fixed
@@ -381,7 +379,12 @@ def write_tiff_rows(path: str | Path, rows: Iterable[PixelRows], height: int, wi
         next(strips, None)  # tifffile takes no more strips than it needs, so this finds rows too many
 
 
-def _writer(target: Path) -> Callable[[Path, Iterable[PixelRows], int, int], None]:
+def writer_of(target: Path) -> Callable[[Path, Iterable[PixelRows], int, int], None]:
+    """The function that writes a file of this name by rows.
+
+    Raises:
+        ValueError: There is none for its ending.
+    """
     writers = {".png": write_png_rows, ".tif": write_tiff_rows, ".tiff": write_tiff_rows}
     if target.suffix.lower() not in writers:
         raise ValueError(f"target={target} is of no kind that is written by rows; end its name in {', '.join(writers)}")

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from common.images import write_png
 from common.metrics import to_uint8
 
 log = logging.getLogger(__name__)
+
+
+def show_image(trainer: Any, name: str, image: Tensor, folder: Path) -> None:
+    """Give an image to every logger of a run that takes images; not in the sanity check.
+
+    Args:
+        trainer: The trainer.
+        name: Name of the image.
+        image: (3, H, W), RGB, [0, 1].
+        folder: Folder into which the image is written where no logger takes images.
+    """
+    if trainer.sanity_checking or not trainer.is_global_zero:
+        return
+    step = trainer.global_step
+    shown = [show(logger, name, image, step) for logger in trainer.loggers]
+    if shown and not any(shown):
+        pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+        write_png(folder / f"{file_name(name)}_step{step}.png", pixels)
 
 
 def show(logger: Any, name: str, image: Tensor, step: int) -> bool:

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, Literal, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,6 +86,19 @@ def computing(precision: TestPrecision, device: torch.device) -> Iterator[None]:
     with inside:
         yield
     torch.clear_autocast_cache()
+
+
+def log_precision(trained: str, tested: TestPrecision) -> None:
+    """Log that training's mixed precision does not hold for validation, test and prediction.
+
+    Args:
+        trained: The trainer's precision.
+        tested: Precision of validation, test and prediction.
+    """
+    if trained.endswith("-mixed"):
+        rank_zero_info(
+            f"trainer.precision={trained} holds for training steps; validation, test and prediction compute in {tested}"
+        )
 
 
 def in_test_precision(method: Decorated) -> Decorated:

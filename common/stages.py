@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from common.parameters import is_lora
+
+log = logging.getLogger(__name__)
 
 
 class Stage(NamedTuple):
@@ -28,6 +31,86 @@ class Stage(NamedTuple):
     def record(self) -> dict[str, Any]:
         """As a checkpoint holds it; with its place below the runs' folder, where it is a run's checkpoint."""
         return {**self._asdict(), "run": place_in_runs(self.path)}
+
+
+class EarlierStages(dict[str, Stage]):
+    """The earlier stages that a stage builds on, by the setting that names each one's file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._missing: dict[str, FileNotFoundError] = {}
+
+    def miss(self, argument: str, error: FileNotFoundError, awaited: bool) -> None:
+        """Go on without the file of an earlier stage, as the checkpoint to come may hold what is needed of it.
+
+        Args:
+            argument: Setting that names the stage.
+            error: Raised now where no checkpoint comes, else by `check`.
+            awaited: False if no checkpoint comes.
+
+        Raises:
+            FileNotFoundError: No checkpoint comes.
+        """
+        if not awaited:
+            raise error
+        self._missing[argument] = error
+
+    def check(self) -> None:
+        """Refuse to run without an earlier stage.
+
+        Raises:
+            FileNotFoundError: Neither its file nor the checkpoint has it.
+        """
+        for error in self._missing.values():
+            raise error
+
+    def take(self, checkpoint: Mapping[str, Any], restore: Callable[[str, Stage], None]) -> None:
+        """Use the earlier stages that a checkpoint was trained with, also if their files have changed.
+
+        Args:
+            checkpoint: A checkpoint of the later stage.
+            restore: Puts the checkpoint's stage in the place of the file's, see `TrainingModule.restore_stage`.
+        """
+        kept = recorded(checkpoint.get("stages", {}))
+        for argument in (*self, *self._missing):
+            here, stage = self.get(argument), kept.get(argument)
+            if stage is None and here is not None:
+                log.warning(
+                    "the checkpoint does not hold its earlier stage: %s=%s is used as it is", argument, here.path
+                )
+            elif stage is not None and (here is None or here.digest != stage.digest):
+                if here is not None:
+                    log.warning("%s=%s holds other weights than this checkpoint's run had", argument, here.path)
+                restore(argument, stage)
+                self[argument] = stage
+                self._missing.pop(argument, None)
+
+    def refuse(self, argument: str, stage: Stage) -> NoReturn:
+        """Refuse a file that has changed, where the checkpoint holds only the digest of what it held.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{argument}={self[argument].path} holds other weights than the stage that this checkpoint was trained on "
+            f"({stage.path}); restore those, or train this stage again"
+        )
+
+    def compare(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        """Warn if a checkpoint that a fit starts from was trained with other earlier stages.
+
+        Args:
+            checkpoint: The checkpoint.
+            path: Its path, for the message.
+        """
+        kept = recorded(checkpoint.get("stages", {}))
+        for argument, stage in self.items():
+            if argument in kept and kept[argument].digest != stage.digest:
+                log.warning("init_from=%s was trained with another %s than %s", path, argument, stage.path)
+
+    def record(self) -> dict[str, Any]:
+        """The entry `stages` of a checkpoint; empty if there are none."""
+        return {"stages": {argument: stage.record() for argument, stage in self.items()}} if self else {}
 
 
 def recorded(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Stage]:

@@ -147,10 +147,22 @@ def tiled(
             total = window.new_zeros(scale * height, scale * width)
         rows = slice(scale * top, scale * top + expected[0])
         columns = slice(scale * left, scale * left + expected[1])
-        total[rows, columns] += window
-        mean[..., rows, columns] += window / total[rows, columns] * (sr_tile.float() - mean[..., rows, columns])
+        blend_in(mean[..., rows, columns], total[rows, columns], sr_tile.float(), window)
     assert mean is not None  # plan_tiles never returns an empty list
     return mean.to(sr_tile.dtype)
+
+
+def blend_in(mean: Tensor, total: Tensor, x_tile: Tensor, window: Tensor) -> None:
+    """Take a tile into the weighted mean of those before it, in place.
+
+    Args:
+        mean: Mean so far where the tile lies, (..., th, tw), float32.
+        total: Weight so far there, (th, tw).
+        x_tile: The tile, (..., th, tw), float32.
+        window: Weights of its pixels, (th, tw).
+    """
+    total += window
+    mean += window / total * (x_tile - mean)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:

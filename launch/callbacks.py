@@ -22,6 +22,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 from common.files import held
+from common.output import Output
 from common.restoration import RestorationModule
 from common.training import TrainingModule
 from data.inventory import Inventory, write_unused
@@ -53,8 +54,8 @@ class HoldFolder(Callback):
         """
         log_dir = trainer.log_dir  # asking for it is a broadcast: all processes must, and equally often
         name = TrainerFn(stage).value  # Path would take the member's own name
-        given = any(getattr(pl_module, target, None) is not None for target in ("results_dir", "results_file"))
-        foreign = name == "predict" and given
+        output = pl_module.output if isinstance(pl_module, TrainingModule) else Output()
+        foreign = name == "predict" and (output.folder is not None or output.file is not None)
         if trainer.is_global_zero and log_dir and name != "validate" and not foreign:
             self._holding.enter_context(held(Path(log_dir) if name == "fit" else Path(log_dir, name)))
 
@@ -238,9 +239,8 @@ def _skipped_csv(trainer: Trainer, pl_module: LightningModule, stage: str) -> Pa
     """`skipped.csv` of the run or output folder; None where there is neither."""
     has_folder = trainer.loggers or getattr(trainer, "run_logger", None) is not None
     log_dir = trainer.log_dir if has_folder else None  # asking for it is a broadcast: all processes must
-    results, file = (getattr(pl_module, name, None) for name in ("results_dir", "results_file"))
-    if results is not None and file is None and stage in ("test", "predict"):
-        return Path(results, *([stage] if stage == "test" else []), "skipped.csv")
+    if isinstance(pl_module, TrainingModule) and pl_module.output.folder is not None and stage in ("test", "predict"):
+        return pl_module.output_folder(stage) / "skipped.csv"
     if log_dir is None:
         return None
     return Path(log_dir, *([stage] if stage != "fit" else []), "skipped.csv")
@@ -263,7 +263,7 @@ class KeepScores(Callback):
             return
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self._path.with_stem(self._path.stem + rank)
-        if images := pl_module.keep_scores(path):
+        if images := pl_module.scores.keep(path):
             print(f"isr: the test ended early; {path} keeps the scores of {images} images", file=sys.stderr)
 
 

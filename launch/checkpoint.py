@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from common.training import NonFiniteLossError
+from common.guard import NonFiniteLossError
 
 
 class Checkpoint(ModelCheckpoint):

@@ -28,10 +28,10 @@ def load(path: Path) -> TrainingModule:
     model = configured(settings, awaits_checkpoint=True)
     load_trained_weights(model, path, model.checkpoint_keys(), model.left_out)
     checkpoint = read_checkpoint(path)
-    model.take_stages(checkpoint)
-    model.check_stages()
-    model.take_texts(checkpoint)
-    model.encode_texts()
+    model.stages.take(checkpoint, model.restore_stage)
+    model.stages.check()
+    model.fixed_texts.take(model, checkpoint)
+    model.fixed_texts.encode(model)
     return model
 
 

@@ -36,6 +36,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from common.checkpoints import newest_checkpoint, read_checkpoint
 from common.errors import one_line
 from common.files import inside
+from common.output import Output
 from common.restoration import RestorationModule
 from common.training import TrainingModule
 from data.decoding import is_image
@@ -242,6 +243,11 @@ class IsrCLI(LightningCLI):
         path = self.config[self.subcommand].get("ckpt_path")
         return self.subcommand == "fit" and path is not None and Path(path).is_file()
 
+    @property
+    def _output(self) -> Output:
+        """The output of the model; a foreign module's is not ours to set."""
+        return self.model.output if isinstance(self.model, TrainingModule) else Output()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder, and add what depends on the command."""
         config = self.config[self.subcommand]
@@ -254,7 +260,7 @@ class IsrCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, RunTrainer)
         trainer.run_logger = run_logger
-        self.model.given_name = str(run_logger.name).rpartition("/")[2]
+        self._output.run_name = str(run_logger.name).rpartition("/")[2]
         if config.trainer.strategy == "auto":
             self._choose_strategy(trainer)
         self._adapt_callbacks(trainer, config)
@@ -263,7 +269,7 @@ class IsrCLI(LightningCLI):
         if config.get("skip_existing"):
             if not config.get("output"):
                 raise UsageError("skip_existing=true needs the folder of the images that are there; set --output")
-            self.model.skip_existing = True
+            self._output.skip_existing = True
         return trainer
 
     def _choose_strategy(self, trainer: Trainer) -> None:
@@ -294,7 +300,7 @@ class IsrCLI(LightningCLI):
         """
         path = Path(output).expanduser()
         if path.is_dir() or output.endswith(("/", os.sep)) or not is_image(path):
-            self.model.results_dir = path
+            self._output.folder = path
             return
         if path.suffix.lower() not in (".png", ".tif", ".tiff"):
             raise UsageError(f"output={output} is of a kind that is not written; end it in .png, .tif or .tiff")
@@ -302,7 +308,7 @@ class IsrCLI(LightningCLI):
             raise UsageError(
                 f"output={output} is a file, and {type(self.model).__name__} writes a folder; give a folder"
             )
-        self.model.results_file = path
+        self._output.file = path
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         if config.get("barebones") or config.get("enable_checkpointing") is False:

@@ -146,3 +146,12 @@ def test_the_column_now_of_the_page_can_be_made(table: ModuleType) -> None:
     assert table.column(made, 1) == (title, {**dict.fromkeys(now, "-"), **before})
     assert table.column(made, 2) == ("now", {**dict.fromkeys(before, "-"), **now})
     assert title == "before (75134b4)"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "most"), [("TrainingModule", "training.py", 150), ("RestorationModule", "restoration.py", 120)]
+)
+def test_a_base_class_is_read_in_five_minutes(table: ModuleType, name: str, file: str, most: int) -> None:
+    known = table.classes(table.read(path, ROOT) for path in (ROOT / "common").glob("*.py"))
+    assert known[name][0].path.name == file
+    assert table.base_lines(name, known)[0] < most

@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from common.guard import Guard, save_batch
-from common.training import NonFiniteLossError
+from common.guard import Guard, NonFiniteLossError, save_batch
 
 
 class GuardedModule(LightningModule):

@@ -176,7 +176,7 @@ class DFOSD(RestorationModule):
                 self.embedding = LearnedEmbedding(self.embedding_tokens, width, self._embedding_start())
             self.embedding.to(network_device()).requires_grad_(self.condition == "learned")
         elif self.condition == "empty":
-            self.fix_text("empty_prompt", self.pretrained, "")
+            self.fixed_texts.add(self, "empty_prompt", self.pretrained, "", awaited=self.may_await_checkpoint)
 
     def _embedding_start(self) -> Literal["normal"] | Tensor:
         """Where the embedding starts; anywhere if a checkpoint brings it, so that no text encoder is read then.
@@ -215,7 +215,9 @@ class DFOSD(RestorationModule):
                     if is_sdxl:
                         self.register_buffer("disc_empty_prompt", torch.zeros(1, 77, width), persistent=False)
                     else:
-                        self.fix_text("disc_empty_prompt", self.disc_pretrained, "")
+                        self.fixed_texts.add(
+                            self, "disc_empty_prompt", self.disc_pretrained, "", awaited=self.may_await_checkpoint
+                        )
                 elif self.embedding is None or self.embedding.embedding.shape[-1] != width:
                     raise ValueError(
                         f"disc_prompt=shared_detached needs condition=learned or noise (found {self.condition}) and a "
@@ -331,7 +333,7 @@ class DFOSD(RestorationModule):
         """Algorithm 1: one generator update, then one discriminator update."""
         x_l, x_h = to_pm1(bicubic_upsample(batch["lq"], self.scale)), to_pm1(batch["hq"])
         draws = self.draws(batch)
-        with self.turn("generator") as update:
+        with self.optimizer_turn("generator") as update:
             # 5.-7. Encode, denoise in one step, decode
             _, z_h_hat = self.restore_latent(x_l, self.text_condition(batch["prompt"]))
             x_h_hat = self.codec.decode(z_h_hat)
@@ -363,7 +365,7 @@ class DFOSD(RestorationModule):
 
     def discriminator_step(self, z_h_hat: Tensor, x_h_hat: Tensor, x_h: Tensor, draws: Draws) -> None:
         """Lines 12 to 16: L_D = -E log(1 - D(F(z_H_hat, t))) - E log D(F(z_H, t)), one t for the pair."""
-        with self.turn("discriminator") as update:
+        with self.optimizer_turn("discriminator") as update:
             with torch.no_grad():
                 z_h = self.codec.encode(x_h) if self.disc_kind != "pixel" else z_h_hat
             fake, real = self.discriminate(

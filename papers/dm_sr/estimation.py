@@ -179,7 +179,7 @@ class TimestepEstimation(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Mean square of (t_hat - t) / 500."""
         assert self.estimator is not None
-        with self.turn("estimator") as update:
+        with self.optimizer_turn("estimator") as update:
             t_hat = self.estimator(bicubic_upsample(batch["lq"], self.scale)).float()
             t = self.targets(batch, t_hat.detach())
             loss = ((t_hat - t) / (LAST + 1)).square().mean()
@@ -224,7 +224,7 @@ class TimestepEstimation(TrainingModule):
     def _note(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
         t_hat = self.estimate(batch["lq"])
         t = self.targets(batch, t_hat) if "hq" in batch else torch.full_like(t_hat, float("nan"))
-        dataset = self._dataset_name(stage, dataloader_idx)
+        dataset = self.data_info.dataset_name(stage, dataloader_idx)
         self._rows += zip([dataset] * len(t), batch["name"], t.tolist(), t_hat.tolist(), strict=True)
 
     @in_test_precision
@@ -249,7 +249,7 @@ class TimestepEstimation(TrainingModule):
 
     def _report(self, stage: str) -> None:
         """Log RMSE, R^2 and both spreads for each data set, warn of a collapse, and draw the paper's Figure 7."""
-        rows, folder = self._gathered_rows(), self._results() / stage
+        rows, folder = self._gathered_rows(), self.output_folder(stage)
         known = [row for row in rows if row[2] == row[2]]  # real photos have no target
         for dataset in dict.fromkeys(row[0] for row in known):
             t, t_hat = (torch.tensor([row[i] for row in known if row[0] == dataset]).numpy() for i in (2, 3))
@@ -320,8 +320,8 @@ def read_restorer(path: str) -> tuple[Any, Stage]:
     restorer = DMSR(**given, timestep=0, ema_decay=None)  # the estimator is not used
     restorer.inference_only = restorer.awaits_checkpoint = True
     restorer.configure_model()
-    restorer.take_texts(checkpoint)
-    restorer.encode_texts()
+    restorer.fixed_texts.take(restorer, checkpoint)
+    restorer.fixed_texts.encode(restorer)
     state = trained_state(without(checkpoint, restorer.left_out))
     check_keys(restorer.checkpoint_keys(), set(state), f"restorer={path}")
     restorer.load_state_dict(state, strict=False)

@@ -201,7 +201,7 @@ class DMSR(RestorationModule):
         self.size_multiple = max(1, self.codec.downscale * 2**levels // self.scale)
         self.estimator = self._open_estimator() if self.timestep == "predicted" else None
         if self.prompt is not None:
-            self.fix_text("prompt_embeds", self.pretrained, self.prompt)
+            self.fixed_texts.add(self, "prompt_embeds", self.pretrained, self.prompt, awaited=self.may_await_checkpoint)
         self.captioner = Captioner(self.captioner_id) if self.captioner_id is not None else None
         self.encoder = TimeAwareEncoder(
             load_vae(self.pretrained, trainable=True),
@@ -219,7 +219,7 @@ class DMSR(RestorationModule):
         try:
             stage = read_estimator(str(self.estimator_path))
         except FileNotFoundError as error:
-            self.miss_stage("estimator", error)
+            self.stages.miss("estimator", error, awaited=self.may_await_checkpoint)
             return None
         self.stages["estimator"] = stage
         return build_estimator(stage)
@@ -344,7 +344,7 @@ class DMSR(RestorationModule):
         """Draw Figure 4b: the distribution of the predicted noise over all test images of this process."""
         super().on_test_epoch_end()
         noise, self._noise = self._noise, NoiseSample()
-        folder = self._results() / "test"
+        folder = self.output_folder("test")
         if len(noise) and self.trainer.is_global_zero:
             figure = noise_distribution(noise.values.numpy())
             caption = (
@@ -365,7 +365,7 @@ class DMSR(RestorationModule):
         t = t_hat.round().long()  # the denoiser takes integers
         with torch.no_grad():
             h = self.codec.encode(to_pm1(i_hr))  # X_HR^0
-        with self.turn("encoder") as update:
+        with self.optimizer_turn("encoder") as update:
             # X_SR = E(I_LR, t_hat); equation 2 splits it, with a graph through the frozen denoiser's input
             x_sr = self.encoder(to_pm1(i_lr), t_hat)
             eps_sr, z_sr = self.denoiser(x_sr, t, c)
@@ -415,7 +415,7 @@ class DMSR(RestorationModule):
 
     def discriminator_step(self, z_sr: Tensor, h: Tensor, i_lr: Tensor, t: Tensor, c: Tensor) -> None:
         """Equation 4: real latents up, restored ones down."""
-        with self.turn("discriminator") as update:
+        with self.optimizer_turn("discriminator") as update:
             real, fake = self.discriminate(h, i_lr, t, c), self.discriminate(z_sr, i_lr, t, c)
             loss = discriminator_objective(self.gan_loss, real, fake).mean()
             update(loss)

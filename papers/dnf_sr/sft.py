@@ -106,7 +106,7 @@ class DNFSR(FlowRestorer):
         x_h, draws, text = to_pm1(batch["hq"]), self.draws(batch), self.text(batch["prompt"])
         with torch.no_grad(), without_adapters(self.codec.vae):
             z_hr = self.codec.encode(x_h)  # the original encoder's
-        with self.turn("generator") as update:
+        with self.optimizer_turn("generator") as update:
             # z_L = E_theta(x_L), z_mix = (1 - t) z_L + t eps
             z_l = self.encode(batch["lq"])
             slots = self.fill(z_l, draws.normal("noise", z_l.shape[1:]))
@@ -137,7 +137,7 @@ class DNFSR(FlowRestorer):
 
     def discriminator_step(self, discriminator: Discriminator, x_h_hat: Tensor, x_h: Tensor, draws: Draws) -> None:
         """L_D = 0.5 (BCE(D(x_H), 0.8) + BCE(D(x_H_hat), 0)), summed over levels, on a restoration without a graph."""
-        with self.turn("discriminator") as update:
+        with self.optimizer_turn("discriminator") as update:
             real = discriminator(x_h, draws, "discriminator/augment/real")
             fake = discriminator(x_h_hat, draws, "discriminator/augment/restored")
             loss = discriminator_loss("bce_smooth", real, fake).mean()

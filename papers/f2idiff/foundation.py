@@ -171,7 +171,7 @@ class Foundation(TrainingModule):
         """One DINOv2 (or text encoder) call, one VAE encoding, one U-Net call."""
         assert self.denoiser is not None
         x, draws = batch["hq"], self.draws(batch)
-        with self.turn("unet") as update:
+        with self.optimizer_turn("unet") as update:
             c = self.condition(x, batch["prompt"])
             c = drop(c, self.condition.null(c), draws.uniform("condition"), self.condition_dropout)
             t = draws.integers("t", 0, self.denoiser.schedule.num_timesteps - 1)
@@ -192,7 +192,7 @@ class Foundation(TrainingModule):
         x, prompts = self._cut(batch["hq"]), batch["prompt"]
         # runs of other seeds are measured by the same noise
         draws, c = Draws(0, batch["index"], self.device), self.condition(x, prompts)
-        dataset = self._dataset_name(stage, dataloader_idx)
+        dataset = self.data_info.dataset_name(stage, dataloader_idx)
         values = {}
         for timestep in VAL_TIMESTEPS:
             t = torch.full((len(x),), timestep, device=self.device)
@@ -266,20 +266,20 @@ class Foundation(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         """Draw samples, then take the averages out."""
-        self._show_samples(self._results() / "samples")
+        self._show_samples(self.output_folder("validate") / "samples")
         super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
         """Draw samples, then take the averages out."""
-        self._show_samples(self._results() / "test" / "samples")
+        self._show_samples(self.output_folder("test") / "samples")
         super().on_test_epoch_end()
 
     def save_foundation(self, folder: str | Path) -> None:
         """Write the averaged U-Net in diffusers' layout, in fp16."""
         assert self.denoiser is not None
-        self._swap_ema()
+        self.swap_ema()
         copy.deepcopy(self.denoiser.unet).half().save_pretrained(folder)
-        self._swap_ema()
+        self.swap_ema()
 
 
 def _pixels(image_01: Tensor) -> Any:

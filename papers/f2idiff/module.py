@@ -319,7 +319,7 @@ class F2IDiffSR(RestorationModule):
         x_up = self.enlarge(batch["lq"], draws)
         c = self.condition(x_up if self.feature_source == "lr" else x, batch["prompt"])
         c = drop(c, self.condition.null(c), draws.uniform("condition"), self.condition_dropout)
-        with self.turn("generator") as update:
+        with self.optimizer_turn("generator") as update:
             z_hat, x_hat = self.generate(x_up, c)
             loss = self.data_loss(x_hat, x)
             if self.lambda_vsd:
@@ -327,7 +327,7 @@ class F2IDiffSR(RestorationModule):
             update(loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
         if self.lambda_vsd:
-            with self.turn("regulariser") as update:
+            with self.optimizer_turn("regulariser") as update:
                 loss = self.diffusion_loss(z_hat.detach(), c, draws)
                 update(self.lambda_diff * loss)
             self.log("train/diff", loss.detach())

@@ -256,7 +256,7 @@ class RFSR(BaseSR):
                     reward.name,
                 )
             elif reward.prompted and self.base.text_source == "data":
-                self.check_prompts(f"rewards={reward.name}")
+                self.data_info.check_prompts(f"rewards={reward.name}", self.without_prompts)
             reward.load(self.device)
 
     def _check_tags(self) -> None:
@@ -308,7 +308,7 @@ class RFSR(BaseSR):
             c = self.see(batch["lq"], told, e_img)
             z_t = self.rollout(c, st, draws)
             x_ref = self.reference(z_t, t, c) if "late" in which and self.regulariser in ("gram", "kl") else None
-        with self.turn("generator") as update:
+        with self.optimizer_turn("generator") as update:
             eps = self.base.predict(z_t, t, c, self.train_cfg_scale)
             x_01 = self.image(z_t, eps, t)
             loss = eps.new_zeros(())
@@ -324,7 +324,7 @@ class RFSR(BaseSR):
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log(f"train/loss_st{st:02d}", loss.detach())
         for band in which:
-            self.log(f"train/grad_norm_{band}", self._grad_norm)
+            self.log(f"train/grad_norm_{band}", self.updates.grad_norm)
 
     def draw_step(self) -> int:
         """Draw one trained step for all batches and processes of an update, so that their rollouts have one length."""
@@ -405,7 +405,7 @@ class RFSR(BaseSR):
         texts = self.base.look(batch["lq"], batch["prompt"]).texts
         for name, reward in self.rewards.items():
             columns |= {f"{name}_base": reward(was, texts), name: reward(sr, texts)}
-        dataset = self._dataset_name("test", dataloader_idx)
+        dataset = self.data_info.dataset_name("test", dataloader_idx)
         for i, image in enumerate(batch["name"]):
             numbers = {column: float(values[i]) for column, values in columns.items()}
             self._drifts.append({"dataset": csv_text(dataset), "image": csv_text(image)} | numbers)
@@ -413,7 +413,7 @@ class RFSR(BaseSR):
     def on_test_epoch_end(self) -> None:
         """Write the drifts next to the scores: `drift.csv` and a figure."""
         drifts, self._drifts = self.gathered(self._drifts), []
-        path = self._results() / "test" / "drift.csv"
+        path = self.output_folder("test") / "drift.csv"
         if drifts and self.trainer.is_global_zero:
             drifts = list({(row["dataset"], row["image"]): row for row in drifts}.values())
             with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

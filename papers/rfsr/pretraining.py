@@ -138,7 +138,7 @@ class BaseSR(RestorationModule):
         t = draws.integers("t", 0, self.base.schedule.num_timesteps - 1)
         noise = draws.normal("noise", z.shape[1:])
         z_t = self.base.schedule.add_noise(z, noise, t)
-        with self.turn("generator") as update:
+        with self.optimizer_turn("generator") as update:
             eps = self.base.denoise(z_t, t, c, self.base.residuals(z_t, t, c))
             loss = (self.weight(t, z) * (eps - noise).square()).mean()
             update(loss)

@@ -17,8 +17,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.guard import Later, save_batch
-from common.training import Batch, NonFiniteLossError, TrainingModule
+from common.guard import Later, NonFiniteLossError, save_batch
+from common.training import Batch, TrainingModule
 
 from .. import second_device
 
@@ -50,7 +50,7 @@ class Toy(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.update_step >= 1  # without a look at the device
         for name, network in (("net", self.net), ("critic", self.critic)):
-            with self.turn(name) as update:
+            with self.optimizer_turn(name) as update:
                 trap = batch["trap"].mean() if name == self.trapped else torch.ones_like(batch["trap"]).mean()
                 loss = network(batch["lq"]).square().mean() + (trap * network.weight.square().sum()).sqrt()
                 update(loss + batch["constant"].mean())

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 
 from common import evaluation, metrics
 from common.draws import Draws
+from common.guard import NonFiniteLossError
 from common.images import bicubic_upsample, write_png
 from common.made import RECORD
 from common.pyiqa import MetricUnavailableError
 from common.restoration import Inference, RestorationModule
-from common.training import Batch, NonFiniteLossError
+from common.training import Batch
 
 PLAIN = Inference(color_fix="none", tile=None)
 
@@ -58,12 +59,12 @@ class Toy(RestorationModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         noise = self.draws(batch).normal("noise", batch["lq"].shape[1:])
-        with self.turn("generator") as update:
+        with self.optimizer_turn("generator") as update:
             sr = self.net(self.frozen(batch["lq"] + 0.1 * noise))
             loss = (sr - batch["lq"]).square().mean() - 0.1 * self.critic(sr).mean()
             update(loss)
         self.losses.append(float(loss.detach()))
-        with self.turn("critic") as update:
+        with self.optimizer_turn("critic") as update:
             sr = self.net(self.frozen(batch["lq"]))  # not detached: toggling alone keeps the gradient from the net
             loss = (self.critic(sr).mean() - 1).square() + self.critic(batch["lq"]).mean().square()
             required = [name for name, p in self.named_parameters() if p.requires_grad]
@@ -421,7 +422,7 @@ class TestImages:
 
     def test_predict_writes_files_named_after_the_inputs_and_keeps_nothing(self, trainer: Any, tmp_path: Path) -> None:
         toy = Toy()
-        toy.results_dir = tmp_path / "out"
+        toy.output.folder = tmp_path / "out"
         kept = trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
         assert kept is None or not any(value is not None for value in kept)
         found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
@@ -445,7 +446,7 @@ class TestImages:
             "tif": {"large": 1e-3, "file_type": "tif"},
         }.items():
             toy = Sharpened(inference=Inference(**tiles, **settings))
-            toy.results_dir = tmp_path / kind
+            toy.output.folder = tmp_path / kind
             trainer().predict(toy, DataLoader(data))
             assert toy.tiles == 4 * 5
         (disk,), (memory,), (tif,) = ([*(tmp_path / kind).rglob("[!.]*")] for kind in ("disk", "memory", "tif"))
@@ -462,7 +463,7 @@ class TestImages:
 
         def predict(stop_after: int | None = None, change: float = 0.0, prompt: str = "") -> int:
             toy = Sharpened(inference=Inference(color_fix="none", tile=32, overlap=8, large=1e-3))
-            toy.stop_after, toy.results_dir = stop_after, tmp_path
+            toy.stop_after, toy.output.folder = stop_after, tmp_path
             with torch.no_grad():
                 toy.net.weight += change
             data[0]["prompt"] = prompt
@@ -486,7 +487,7 @@ class TestImages:
     ) -> None:
         seen: list[torch.dtype] = []
         said: list[str] = []
-        monkeypatch.setattr("common.training.rank_zero_info", said.append)
+        monkeypatch.setattr("common.precision.rank_zero_info", said.append)
 
         class Watched(Sharpened):
             def restore(self, x_lq: Tensor, conditions: Any) -> Tensor:
@@ -499,7 +500,7 @@ class TestImages:
 
         settings = {"color_fix": "none", "tile": 32, "overlap": 8, "test_precision": precision}
         toy, expected, trained = Watched(inference=Inference(**settings)), getattr(torch, precision), []
-        toy.results_dir = tmp_path
+        toy.output.folder = tmp_path
         fits = trainer(precision=trained_in, max_steps=1, val_check_interval=1)
         fits.fit(toy, loader(2), loader(2))
         fits.test(toy, loader(2))
@@ -519,7 +520,7 @@ class TestImages:
         for precision, stop_after in (("float32", 7), ("bfloat16", None)):
             settings = {"color_fix": "none", "tile": 32, "overlap": 8, "large": 1e-3, "test_precision": precision}
             toy = Sharpened(inference=Inference(**settings))
-            toy.stop_after, toy.results_dir = stop_after, tmp_path
+            toy.stop_after, toy.output.folder = stop_after, tmp_path
             with pytest.raises(KilledError) if stop_after else nullcontext():
                 trainer().predict(toy, DataLoader(data))
             counts.append(toy.tiles)
@@ -531,12 +532,12 @@ class TestImages:
         (tmp_path / "sub").mkdir()
         (tmp_path / "sub" / "photo.x1.png").write_bytes(b"somebody's")
         toy = Sharpened()
-        toy.results_dir, toy.skip_existing = tmp_path, True
+        toy.output.folder, toy.output.skip_existing = tmp_path, True
         trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
         assert toy.tiles == 2
         assert (tmp_path / "sub" / "photo.x1.png").read_bytes() == b"somebody's"
         assert "1 images were there already" in caplog.text
-        toy.skip_existing = False
+        toy.output.skip_existing = False
         with pytest.raises(FileExistsError, match=r"not overwritten.*photo\.x1\.png; move it away"):
             trainer().predict(toy, loader(3, 1, size=(5, 7), hq=False, name="sub/photo.x"))
         assert (tmp_path / "sub" / "photo.x1.png").read_bytes() == b"somebody's"
@@ -575,7 +576,7 @@ class TestScores:
 
     def scored(self, trainer: Any, folder: Path, data: Any, **kwargs: Any) -> list[dict[str, str]]:
         toy = Toy(inference=Inference(**{"color_fix": "none", "tile": None, "metrics": ["psnr_rgb"], **kwargs}))
-        toy.results_dir = folder
+        toy.output.folder = folder
         trainer().test(toy, data)
         return self.rows(folder)
 
@@ -626,7 +627,7 @@ class TestScores:
         self, trainer: Any, tmp_path: Path
     ) -> None:
         toy = Toy(inference=Inference(color_fix="none", tile=None, metrics=["psnr_rgb"]))
-        toy.results_dir = tmp_path
+        toy.output.folder = tmp_path
         trainer().test(toy, loader(2, 1, hq=False))
         assert not (tmp_path / "test" / "metrics.csv").exists()
         assert len(list((tmp_path / "test" / "test0").glob("*.png"))) == 2

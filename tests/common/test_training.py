@@ -51,7 +51,7 @@ class Toy(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         x = batch["lq"].mean((2, 3))
         for name, network in (("net", self.net), ("critic", self.critic.layer)):
-            with self.turn(name) as update:
+            with self.optimizer_turn(name) as update:
                 update(network(x).square().mean())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:

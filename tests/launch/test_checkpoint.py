@@ -30,7 +30,7 @@ class Toy(TrainingModule):
         return torch.optim.SGD(self.net.parameters(), lr=0.01)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        with self.turn("net") as update:
+        with self.optimizer_turn("net") as update:
             update(self.net(batch["lq"]).square().mean())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -136,8 +136,8 @@ class TestRunFolder:
         self, isr: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         command = ["predict", "-c", DEMO, "--runs", tmp_path / "runs", "--output", tmp_path / "out"]
-        assert not isr(*command, made=NotRun).model.skip_existing
-        assert isr(*command, "--skip_existing=true", made=NotRun).model.skip_existing
+        assert not isr(*command, made=NotRun).model.output.skip_existing
+        assert isr(*command, "--skip_existing=true", made=NotRun).model.output.skip_existing
         assert main(["predict", "-c", str(DEMO), "--skip_existing=true", "--runs", str(tmp_path)]) == 2
         assert re.search(r"skip_existing=true needs .*; set --output", capsys.readouterr().err)
 

@@ -268,12 +268,12 @@ def test_no_image_s_name_leaves_the_output_folder(name: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="not a name of a file inside"):
         Store(out).items(ImageSet("set", [sample], 4))
     model = DFOSD(pretrained="tiny", perceptual="none")
-    model.results_dir = out
+    model.output.folder = out
     batch = {"name": [name], "lq": torch.zeros(1, 3, 8, 8), "prompt": [""]}
     with pytest.raises(ValueError, match="not a name of a file inside"):
         model.predict_step(batch, 0)
     with pytest.raises(ValueError, match="not a name of a file inside"):
-        model._target(out, name)
+        model.targets(out, [name])
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == []
 
 
@@ -285,7 +285,7 @@ def test_no_link_in_the_output_folder_leads_a_result_out_of_it(tmp_path: Path) -
     (tmp_path / "out" / "holiday").symlink_to(tmp_path / "elsewhere")
     model = DFOSD(pretrained="tiny", perceptual="none")
     with pytest.raises(ValueError, match="by a link"):
-        model._target(tmp_path / "out", "holiday/a")
+        model.targets(tmp_path / "out", ["holiday/a"])
     assert not list((tmp_path / "elsewhere").iterdir())
 
 

@@ -71,11 +71,11 @@ def test_every_image_is_scored_written_and_compared(folder: Path, tmp_path: Path
     options = {"accelerator": "cpu", "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(**options, enable_model_summary=False, logger=TensorBoardLogger(tmp_path / "log"))  # type: ignore[arg-type]
     model: Any = Bicubic(inference=Inference(color_fix="none", tile=None, metrics=["psnr_rgb"], preview=1))
-    model.results_dir = tmp_path / "results"
+    model.output.folder = tmp_path / "results"
     data = SRData(val=[str(folder)], test=[str(folder)], predict=str(folder / "test_LR"), num_workers=0)
     trainer.validate(model, data, verbose=False)
     trainer.test(model, data, verbose=False)
-    model.results_dir = tmp_path / "predicted"
+    model.output.folder = tmp_path / "predicted"
     trainer.predict(model, data, return_predictions=False)
 
     scored = rows(tmp_path / "results" / "test" / "metrics.csv")

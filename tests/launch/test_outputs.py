@@ -35,7 +35,7 @@ class Bicubic(RestorationModule):
         return bicubic_upsample(x_lq, self.scale)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        with self.turn("net") as update:
+        with self.optimizer_turn("net") as update:
             update(self.net(batch["lq"][:, :1]).mean())
 
     trainable = {"net": ("net.*",)}  # noqa: RUF012

@@ -118,7 +118,7 @@ class Counting(TrainingModule):
         self.signal_in, self.val, self.validations = train, val, 0
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        with self.turn("all") as update:
+        with self.optimizer_turn("all") as update:
             if int(self.train_step) == self.signal_in:
                 os.kill(os.getpid(), signal.SIGTERM)
             update((self.weight - 1).square().sum())

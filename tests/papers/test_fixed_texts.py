@@ -112,9 +112,10 @@ def test_what_a_checkpoint_holds_is_not_encoded_again(
     loads.clear()
     for command in ("validate", "test", "predict"):
         model = make(str(base))
-        model.awaits_checkpoint, model.results_dir = True, tmp_path / command
+        model.awaits_checkpoint, model.output.folder = True, tmp_path / command
         seen: list[Tensor] = []
-        monkeypatch.setattr("common.restoration.write_images", lambda _paths, sr, seen=seen: seen.append(sr))
+        for caller in ("common.restoration", "common.upscaler"):
+            monkeypatch.setattr(f"{caller}.write_images", lambda _paths, sr, seen=seen: seen.append(sr))
         getattr(trainer(), command)(model, loader(), ckpt_path=path, weights_only=True)
         assert loads == []
         with model.ema.swapped(model.all_trainable()) if model.ema is not None else torch.no_grad():

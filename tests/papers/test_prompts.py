@@ -84,8 +84,8 @@ def test_a_reward_that_reads_texts_warns_without_them(
     monkeypatch.setattr("papers.rfsr.module.Reward", SimpleNamespace)
     model = with_prompts(RFSR(SeeSR(tagger=Untagged()), ema_decay=None))
     model._modules["rewards"] = {"imagereward": reward}
-    model.trainer.log_dir = None
-    monkeypatch.setattr(type(model), "_check_tile", lambda self: None)
+    model.trainer.log_dir, model.trainer.global_rank = None, 0
+    monkeypatch.setattr(type(model), "check_tile", lambda self: None)
     model.on_fit_start()
     (message,) = caplog.messages
     assert message.startswith("rewards=imagereward scores every image for the empty text")

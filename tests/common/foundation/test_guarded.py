@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from common.foundation.autoencoder import TinyAutoencoder
 from common.foundation.denoiser import TinyDenoiser
 from common.foundation.flow import TinyFlow
-from common.training import NonFiniteLossError
+from common.guard import NonFiniteLossError
 
 TRAINERS: dict[str, Callable[[], LightningModule]] = {
     "vae": lambda: TinyAutoencoder(channels=(8, 8, 8)),

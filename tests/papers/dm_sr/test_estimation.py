@@ -322,7 +322,7 @@ class TestReports:
 
     def test_test_compares_prediction_and_target(self, batches: list[Batch], tmp_path: Path) -> None:
         model = stage(lo=0.0, hi=0.25)
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer = trainer_for()
         trainer.test(model, datamodule=Data(batches), verbose=False)
         rows = table(tmp_path / "test/timesteps.csv")
@@ -344,7 +344,7 @@ class TestReports:
         monkeypatch.setattr(TimestepEstimation, "estimate", lambda self, x: asked.append(x) or estimate(self, x))
         (tmp_path / "timesteps.csv").write_text("mine")
         model = stage()
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         with pytest.raises(FileExistsError, match=r"not overwritten, .*timesteps\.csv"):
             trainer_for().predict(model, datamodule=Plain(batches))
         assert not asked
@@ -356,7 +356,7 @@ class TestReports:
 
     def test_validation_logs_the_same_and_writes_nothing(self, batches: list[Batch], tmp_path: Path) -> None:
         model = stage(lo=0.0, hi=0.25)
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer = trainer_for()
         trainer.validate(model, datamodule=Data(batches), verbose=False)
         rows = [
@@ -371,7 +371,7 @@ class TestReports:
 
     def test_prediction_needs_no_targets(self, batches: list[Batch], tmp_path: Path) -> None:
         model = stage()
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer_for().predict(model, datamodule=Plain(batches))
         rows = table(tmp_path / "timesteps.csv")
         assert [row["image"] for row in rows] == ["0a", "0b", "1a", "1b", "2a", "2b"]
@@ -382,7 +382,7 @@ class TestReports:
 
     def test_a_test_set_without_targets_is_predicted(self, batches: list[Batch], tmp_path: Path) -> None:
         model = stage()
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer_for().test(model, datamodule=Plain(batches), verbose=False)
         rows = table(tmp_path / "test/timesteps.csv")
         assert len(rows) == 6
@@ -391,7 +391,7 @@ class TestReports:
 
     def test_a_constant_target_has_no_r2(self, batch: Batch, tmp_path: Path) -> None:
         model = stage(lo=1.0, hi=2.0)
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer = trainer_for()
         trainer.validate(model, datamodule=Data([batch]), verbose=False)
         assert "val/some/r2" not in trainer.callback_metrics

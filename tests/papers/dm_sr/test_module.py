@@ -465,7 +465,7 @@ class TestPrompts:
     ) -> None:
         monkeypatch.setattr(dm_sr, "Captioner", FakeCaptioner)
         model = configured(sd, timestep=100, captioner="someone/llava", inference=Inference("none", 16, 8, metrics=[]))
-        model.results_dir, tape, captioner = tmp_path, Tape(), model.captioner
+        model.output.folder, tape, captioner = tmp_path, Tape(), model.captioner
         assert isinstance(captioner, FakeCaptioner)
         trainer_with(tape).test(model, loader(batches), verbose=False)
         assert captioner.model == "someone/llava"
@@ -803,7 +803,7 @@ class TestTest:
         real = dm_sr.noise_distribution
         monkeypatch.setattr(dm_sr, "noise_distribution", lambda eps: drawn.append(eps) or real(eps))
         model = configured(sd, estimator=stage1, num_steps=num_steps)
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer_with().test(model, loader(batches), verbose=False)
         assert (tmp_path / "test/figures/predicted_noise.png").is_file()
         expected = [Hand(sd, each, t_of(stage1, each)).eps.detach().flatten() for each in batches]
@@ -843,7 +843,7 @@ class TestTest:
         monkeypatch.setattr(dm_sr, "NOISE_KEPT", 500)
         tiles = Inference(color_fix="none", tile=32, overlap=16, metrics=["psnr_rgb"])
         model = configured(sd, timestep=100, inference=tiles)
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         large = {**batch, **{name: batch[name].repeat(1, 1, 3, 3) for name in ("lq", "hq")}}
         expected = model.upscale(low(large), batch["prompt"]).sr
         seen: list[Tensor] = []
@@ -861,7 +861,7 @@ class TestTest:
 
     def test_prediction_and_validation_keep_no_noise(self, sd: str, batches: list[Batch], tmp_path: Path) -> None:
         model = configured(sd, timestep=100)
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer_with().predict(model, loader(batches))
         trainer_with().validate(model, loader(batches), verbose=False)
         assert len(model._noise) == 0

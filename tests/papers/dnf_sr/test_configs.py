@@ -83,7 +83,7 @@ def test_a_stage_measures_table_1_and_restores_up_to_1024_px_whole(name: str) ->
     assert inference.metrics == TABLE_1
     assert set(TABLE_1) <= KNOWN.keys()
     assert (inference.tile, inference.overlap) == (1024, 512)
-    model._check_tile()
+    model.check_tile()
     judged = {name.partition(":")[2] or name for name in getattr(model, "reward_names", ())}
     assert "qalign" not in judged  # by which checkpoints are chosen
 

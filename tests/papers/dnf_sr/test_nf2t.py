@@ -22,9 +22,10 @@ from common.images import bicubic_upsample, to_01, to_pm1
 from common.pyiqa import MetricUnavailableError
 from common.restoration import Inference
 from common.rewards import build_reward, group_rewards
-from papers.dnf_sr import DNFSR, NF2T, module, nf2t
+from papers.dnf_sr import DNFSR, NF2T, before_after, judges, module
 from papers.dnf_sr.figures import Comparison, paired_gains, write_comparison
 from papers.dnf_sr.losses import normalised_rewards
+from papers.dnf_sr.unscored import UnscoredError
 
 from .conftest import SMALL, Batch, FakeCaptioner, Spy, high, low, make_sft, train
 
@@ -89,7 +90,7 @@ class TestStart:
         expected = before.upscale(low(batch), batch["prompt"]).sr
         assert_close(model.upscale(low(batch), batch["prompt"]).sr, expected, rtol=1e-4, atol=1e-5)
         theta = model.upscale(low(batch), batch["prompt"]).sr
-        with model.policy("old"):
+        with model.policies.use("old"):
             assert torch.equal(model.upscale(low(batch), batch["prompt"]).sr, theta)
         untrained = make_sft(flux).upscale(low(batch), batch["prompt"]).sr
         assert not torch.allclose(untrained, expected, atol=1e-3)
@@ -111,7 +112,7 @@ class TestStart:
         slots, text, found = model.fill(z, z), model.text(["a"]), []
         with torch.no_grad():
             for name in ("old", "theta"):
-                with model.policy(name):
+                with model.policies.use(name):
                     found.append(model.velocity(slots, text))
             with without_adapters(model.flow.transformer):
                 found.append(model.velocity(slots, text))
@@ -155,7 +156,7 @@ class TestStart:
         ):
             trainer().fit(NF2T(sft_run, pretrained=flux, **options), loader(singles(batch)))
         model = NF2T(sft_run, pretrained=flux, **options)
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer().test(model, loader(singles(batch)), verbose=False)
         assert len(list(tmp_path.rglob("*.png"))) == 2
 
@@ -194,7 +195,7 @@ class TestRound:
         with torch.no_grad():
             z_l = model.encode(low(batch))
         restored = []
-        with torch.no_grad(), model.policy("old"):
+        with torch.no_grad(), model.policies.use("old"):
             for k in range(3):
                 slots = model.fill(z_l, drawn[f"rollout/{k}"])
                 z = slots.target - 0.5 * model.velocity(slots, text)
@@ -206,7 +207,7 @@ class TestRound:
         losses = []
         for k, x in enumerate(restored):
             slots = model.fill(z_l, drawn[f"gradient/{k}"])
-            with torch.no_grad(), model.policy("old"):
+            with torch.no_grad(), model.policies.use("old"):
                 v_old = model.velocity(slots, text)
             v = model.velocity(slots, text)
             for share, velocity in (
@@ -393,7 +394,7 @@ class TestVelocitySpace:
 
     def test_without_stage_ones_policy_a_fit_with_the_pull_is_refused(self, make: Make, batch: Batch) -> None:
         model = make(variant="nft", nft_kl=0.1)
-        model._sft_adapter = {}
+        model.policies.reference = {}
         with pytest.raises(ValueError, match=r"nft_kl=0\.1 needs stage 1's policy, which sft=.* no longer holds"):
             train(model, batch)
 
@@ -473,7 +474,7 @@ class TestTraps:
         assert model.flow is not None
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert trained == model.all_trainable().keys()
-        with model.policy("old"):
+        with model.policies.use("old"):
             assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
         layers = [layer for layer in model.flow.transformer.modules() if hasattr(layer, "lora_A")]
         layers[0].set_adapter("old")  # peft's own
@@ -482,7 +483,7 @@ class TestTraps:
     def test_the_trained_policy_is_back_after_an_error(self, make: Make) -> None:
         model = make()
         assert model.flow is not None
-        with pytest.raises(KeyError), model.policy("old"):
+        with pytest.raises(KeyError), model.policies.use("old"):
             raise KeyError
         layers = [layer for layer in model.flow.transformer.modules() if hasattr(layer, "lora_A")]
         assert {tuple(layer.active_adapters) for layer in layers} == {("theta",)}
@@ -518,8 +519,8 @@ class TestTraps:
 
     def test_a_backward_pass_under_another_policy_is_refused(self, make: Make) -> None:
         model = make()
-        with model.policy("old"), pytest.raises(RuntimeError, match="the policy 'old' is active"):
-            model.descend(lambda loss: None, torch.zeros(()), last=True)
+        with model.policies.use("old"), pytest.raises(RuntimeError, match="the policy 'old' is active"):
+            model.descend(lambda loss, step=True, count=True: None, torch.zeros(()), last=True)
 
     def test_as_many_layers_in_both(self, make: Make) -> None:
         model = make()
@@ -543,7 +544,7 @@ class TestJudged:
         assert len(seen) == 3
         for k, x in enumerate(seen):
             monkeypatch.setattr(model, "test_noise", lambda *of, k=k: spy.drawn[f"rollout/{k}"])
-            with model.policy("old"):  # not yet moved: the learning rate is 0
+            with model.policies.use("old"):  # not yet moved: the learning rate is 0
                 raw = 0.1 + 0.8 * to_pm1(model.upscale(low(batch), batch["prompt"]).raw)
             expected = wavelet(to_01(raw), bicubic_upsample(low(batch), 4))
             assert_close(x, expected.clamp(0, 1), rtol=1e-4, atol=1e-5)
@@ -559,7 +560,7 @@ class TestComparison:
         model, before = moved(make(compared=2, inference=inference)), stage_one(flux, sft_run)
         before.inference = inference
         old = of(model, "old")
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         batches = [{**one, "lq": low(one), "hq": high(one), "prompt": ["a"]} for one in singles(batch)]
         trainer().test(model, loader(batches), verbose=False)
         expected: dict[str, list[float]] = {"before": [], "after": []}
@@ -584,9 +585,9 @@ class TestComparison:
 
     def compared(self, model: NF2T, batches: list[Batch], folder: Path) -> list[Comparison]:
         """What a test notes."""
-        model.results_dir, rows = folder, list[Comparison]()
+        model.output.folder, rows = folder, list[Comparison]()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nf2t, "write_comparison", lambda folder, found, compared: rows.extend(found) or [])
+            patch.setattr(before_after, "write_comparison", lambda folder, found, compared: rows.extend(found) or [])
             trainer().test(model, loader(batches), verbose=False)
         return rows
 
@@ -635,7 +636,7 @@ class TestComparison:
 
     def test_it_can_be_switched_off(self, make: Make, batch: Batch, tmp_path: Path) -> None:
         model = make(compared=0)
-        model.results_dir, calls = tmp_path, list[int]()
+        model.output.folder, calls = tmp_path, list[int]()
         assert model.flow is not None
         model.flow.register_forward_hook(lambda *_: calls.append(1))
         trainer().test(model, loader(singles(batch)), verbose=False)
@@ -653,7 +654,7 @@ class TestComparison:
         when: str,
     ) -> None:
         """LPIPS reads its weights when it is built, pyiqa's metrics when they are loaded."""
-        real, model = nf2t.build_reward, make()
+        real, model = judges.build_reward, make()
         model.rewards.clear()  # as where Lightning tests only
 
         def build(name: str, **arguments: Any) -> Any:
@@ -667,7 +668,7 @@ class TestComparison:
         def load(self: Any, device: Any) -> None:
             raise MetricUnavailableError("no weights of it")
 
-        monkeypatch.setattr(nf2t, "build_reward", build)
+        monkeypatch.setattr(judges, "build_reward", build)
         rows = self.compared(model, singles(batch), tmp_path)
         assert {tuple(row.before) for row in rows} == {("neg_mse", "psnr_y")}
         assert caplog.text.count("reward colourfulness is not computed: no weights of it") == 1
@@ -746,10 +747,10 @@ def test_a_checkpoint_holds_stage_ones_encoder_whatever_becomes_of_its_file(
     other = make(sft=str(own), awaits_checkpoint=True)
     other.on_load_checkpoint(saved)
     other.load_state_dict(saved["state_dict"], strict=False)
-    other.check_stages()
+    other.stages.check()
     expected = model.upscale(low(batch), batch["prompt"]).sr
     assert torch.equal(other.upscale(low(batch), batch["prompt"]).sr, expected)
-    assert bool(other._sft_adapter) is (change == "none")  # what a test compares with
+    assert bool(other.policies.reference) is (change == "none")  # what a test compares with
     assert ("holds other weights than this checkpoint's run had" in caplog.text) is (change == "altered")
 
 
@@ -796,7 +797,7 @@ class TestUnscored:
 
     def test_it_stops_after_several_in_a_row(self, make: Make, batch: Batch, tmp_path: Path) -> None:
         model = make(group_size=2, fast_on_policy=True)
-        with pytest.raises(nf2t.UnscoredError, match="in 5 train steps in a row, up to step 7:"):
+        with pytest.raises(UnscoredError, match="in 5 train steps in a row, up to step 7:"):
             self.fit(model, batch, tmp_path, {1, 3, 4, 5, 6, 7}, steps=8)
         assert len(list(tmp_path.rglob("unscored_*.pt"))) == 6
 

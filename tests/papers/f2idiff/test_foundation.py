@@ -263,7 +263,7 @@ class TestDraw:
         monkeypatch.setattr(Foundation, "draw", lambda self, x, *_: drawn.append(x) or x)
         (tmp_path / "b.png").write_text("mine")
         model = make()
-        model.results_dir = tmp_path
+        model.output.folder = tmp_path
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         with pytest.raises(FileExistsError, match=r"not overwritten, .*b\.png; move it away"):
             trainer.predict(model, datamodule=Data())

@@ -19,7 +19,7 @@ Make = Callable[..., RFSR]
 
 
 def run(model: RFSR, batch: Batch, folder: Path) -> list[dict[str, str]]:
-    model.results_dir = folder
+    model.output.folder = folder
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     batches: Any = [dict(batch), dict(batch) | {"name": ["a", "c"]}]  # a is seen twice, as by two processes
     trainer.test(model, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
