@@ -242,9 +242,7 @@ def _step(item: Step, place: Place) -> dict[str, Any]:
         )
         result |= {"built_s": round(measured.built, 1), "precision": measured.precision}
         if item.saves:
-            kept = measured.model.checkpoint_keys()
-            state = {key: value for key, value in measured.model.state_dict().items() if key in kept}
-            torch.save({"state_dict": state, "hyper_parameters": measured.stored}, place.saved / f"{item.saves}.ckpt")
+            save_stage(measured, place.saved / f"{item.saves}.ckpt")
     except torch.OutOfMemoryError as error:
         result["stopped"] = "out of memory"
         print(f"{item.name}: {error}", flush=True)
@@ -252,6 +250,13 @@ def _step(item: Step, place: Place) -> dict[str, Any]:
         if steps.seconds:
             result["batches"][str(size)] = _figures(size, steps)
     return result
+
+
+def save_stage(measured: Measured, path: Path) -> None:
+    """Write a trained model's checkpoint, for stages that build on it."""
+    kept = measured.model.checkpoint_keys()
+    state = {key: value for key, value in measured.model.state_dict().items() if key in kept}
+    torch.save({"state_dict": state, "hyper_parameters": measured.stored}, path)
 
 
 class _Growing(dict[int, Steps]):
@@ -408,7 +413,12 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _write(path: Path, results: Mapping[str, Any]) -> None:
+def _allocated(device: str) -> float:
+    """GB that are allocated on the GPU, 0 on a CPU."""
+    return round(torch.cuda.memory_allocated() / 1e9, 2) if device == "cuda" else 0.0
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
@@ -468,14 +478,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if spent > options.budget:
                 print(f"{item.name}: not measured, {spent:.0f} of {options.budget:.0f} s are spent")
                 continue
+            if left := _allocated(options.device):  # whole hundredths of a GB, which the item's peak would include
+                print(f"{item.name}: warning: {left} GB are still allocated by what ran before", flush=True)
             try:
                 result = run[type(item)](item, place)
             except Exception as error:  # the next item is worth a try whatever went wrong with this one
                 result, failed = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:400]}, True
+            if left:
+                result["allocated_before_gb"] = left
             result["took_s"] = round(time.perf_counter() - begin - spent, 1)
             if not makes_stage:
                 results["items"][item.name] = result
-                _write(path, results)
+                write(path, results)
             _free()
             note = ", for its checkpoint" if makes_stage else ""
             print(f"{item.name}{note} ({result['took_s']:.0f} s): {_line(result)}", flush=True)

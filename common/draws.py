@@ -41,6 +41,11 @@ class Draws:
     def __init__(self, seed: int, index: Tensor, device: torch.device | str = "cpu") -> None:
         self.seed, self.index, self.device = seed, [int(i) for i in index], device
 
+    @property
+    def on_host(self) -> Draws:
+        """The same draws on the CPU, for numbers that Python reads: a GPU's make it wait."""
+        return Draws(self.seed, torch.tensor(self.index), "cpu")
+
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard normal, (B, *shape), float32."""
         return self._stack(stream, lambda g: torch.randn(tuple(shape), generator=g, device="cpu"))
@@ -54,7 +59,8 @@ class Draws:
         return self._stack(stream, lambda g: torch.rand((), generator=g, device="cpu"))
 
     def _stack(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        return torch.stack([draw(generator(self.seed, stream, index)) for index in self.index]).to(self.device)
+        drawn = torch.stack([draw(generator(self.seed, stream, index)) for index in self.index])
+        return drawn.to(self.device, non_blocking=True)  # from memory that is not pinned CUDA takes a copy at once
 
 
 def counted_index(size: int, batches: int, processes: int, rank: int) -> Tensor:

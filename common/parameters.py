@@ -32,12 +32,14 @@ class Row:
             `copy` for a frozen or slow copy of another row, `text` for networks that only make the condition.
         total: Number of parameters.
         trainable: Number of trained parameters.
+        bytes_each: Bytes of one parameter, for text encoders alone, which are no part of the model.
     """
 
     name: str
     kind: Literal["base", "adapter", "module", "copy", "text"]
     total: int
     trainable: int
+    bytes_each: int = 4
 
 
 def is_lora(name: str) -> bool:

@@ -101,6 +101,7 @@ class TrainingModule(LightningModule):
         self._has_networks = self._has_training = False  # what `configure_model` has built
         self.stages, self.fixed_texts = EarlierStages(), FixedTexts()
         self.guard, self.updates, self.output = StepGuard(), Updates(accumulate), Output()
+        self._in_bar: set[str] = set()  # names of training's numbers that the progress bar shows
 
     # Networks
 
@@ -220,15 +221,35 @@ class TrainingModule(LightningModule):
         return Draws(self.seed, index, self.device)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, but training's numbers are means over all processes: what one process with all samples logs."""
-        kwargs["sync_dist"] = kwargs.get("sync_dist", False) or name.startswith("train/")
+        """Lightning's, but training's numbers are means over all processes: what one process with all samples logs.
+
+        Lightning reads the progress bar's numbers in each step, for which the host waits for the device. So the bar
+        gets them when they are logged, every `trainer.log_every_n_steps` steps.
+        """
+        if name.startswith("train/"):
+            kwargs["sync_dist"] = True
+            if kwargs.pop("prog_bar", False):
+                self._in_bar.add(name)
         super().log(name, value, *args, **kwargs)
+
+    def _update_bar(self) -> None:
+        """Bring the present step's numbers into the progress bar if it is one that logs."""
+        connector = self.trainer._logger_connector
+        if self._in_bar and connector.should_update_logs:
+            values = self.trainer.callback_metrics
+            shown = {name: float(values[name]) for name in sorted(self._in_bar) if name in values}
+            connector._progress_bar_metrics.update(shown)
 
     def show_image(self, name: str, image: Tensor) -> None:
         """Give an image (3,H,W) in [0,1] to every logger that takes images, else to the run's folder."""
         show_image(self.trainer, name, image, self.output.images)
 
     # Lightning's hooks, in their order in a fit
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Bring a batch to the device, but for `index`, which only the host reads."""
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved | {key: batch[key] for key in ("index",) if key in batch}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Convert images, which come as uint8, to float in [0,1]."""
@@ -258,7 +279,8 @@ class TrainingModule(LightningModule):
         self.updates.before_step(self, optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Stop if the step before this one was not finite."""
+        """Show the step's numbers in the bar, and stop if the step before this one was not finite."""
+        self._update_bar()
         self.guard.end(agreed=not self.is_accumulating)
 
     def on_train_end(self) -> None:

@@ -123,7 +123,7 @@ def table(title: str, counted: dict[str, Any]) -> str:
     lines.append(("all of these", "", f"{counted['total']:,}", f"{counted['trainable']:,}"))
     lines += [(f"optimiser: {name}", "", "", f"{number:,}") for name, number in counted["optimizers"].items()]
     lines += [(f"sum: {name}", "", f"{number:,}", "") for name, number in counted["sums"].items()]
-    plan = [(name, "bytes", f"{number:,}", _size(number)) for name, number in counted["bytes"].items()]
+    plan = [(name, "bytes", f"{number:,}", readable(number)) for name, number in counted["bytes"].items()]
     apart = [(r["name"], r["kind"], f"{r['total']:,}", f"{r['trainable']:,}") for r in rows if r["kind"] == "text"]
     widths = [max(len(line[column]) for line in [*lines, *apart, *plan]) for column in range(4)]
 
@@ -145,7 +145,8 @@ def table(title: str, counted: dict[str, Any]) -> str:
     return "\n".join([title, *body])
 
 
-def _size(number: int) -> str:
+def readable(number: int) -> str:
+    """A number of bytes in GB or MB."""
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 

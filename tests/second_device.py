@@ -8,9 +8,12 @@ threads of the autograd engine it uses; every operation is computed by the CPU.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +23,16 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 _MIXING = {aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 """Operations that take tensors of the CPU beside a GPU's."""
+_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+"""Operations that read the device only where a mask says which elements they take."""
+_ROOT = Path(__file__).resolve().parents[1]
 _random = torch.Generator().manual_seed(12345)
+_waits: Counter[str] | None = None  # while they are counted
 
 
 class Far(Tensor):
@@ -61,6 +68,8 @@ class Far(Tensor):
 
     def tolist(self) -> Any:
         """Numbers, which torch gives of no subclass."""
+        if _waits is not None:
+            _count_wait()
         return self.near.tolist()
 
 
@@ -137,6 +146,48 @@ def second_device() -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
+def counted_waits() -> Iterator[Counter[str]]:
+    """Within this context the operations for which a GPU makes the host wait are counted.
+
+    They are reads of its numbers, shapes that follow from them, and copies from it and to it that are not
+    `non_blocking`. Gives the counts by the line outside torch that led to each, e.g. `common/guard.py:86`.
+    """
+    global _waits
+    before, _waits = _waits, Counter()
+    try:
+        yield _waits
+    finally:
+        _waits = before
+
+
+def _makes_host_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """True if an operation needs what the second device computes, or waits until a copy has arrived."""
+    operation = func.overloadpacket
+    if operation in (aten.copy_, aten._to_copy):
+        goes = args[0].device if operation is aten.copy_ else torch.device(kwargs.get("device") or args[0].device)
+        comes = args[1 if operation is aten.copy_ else 0].device
+        blocks = not kwargs.get("non_blocking", len(args) > 2 and args[2])
+        to_host = goes.type == "cpu"  # into memory that is not pinned, which waits in any case
+        return {goes.type, comes.type} == {"cpu", device().type} and (to_host or blocks)
+    if not any(isinstance(value, Far) for value in tree_leaves((args, kwargs))):
+        return False
+    if operation in _INDEXING:
+        return any(isinstance(index, Far) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+def _count_wait() -> None:
+    """Count a wait at the innermost line outside torch and this file."""
+    assert _waits is not None
+    frame: Any = sys._getframe(1)
+    while Path(frame.f_code.co_filename) == Path(__file__) or frame.f_globals["__name__"].startswith("torch."):
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    place = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else Path(*path.parts[-3:])
+    _waits[f"{place}:{frame.f_lineno}"] += 1
+
+
+@contextmanager
 def _own_numbers() -> Iterator[None]:
     """Draw from the second device's own generator, which no seed of the CPU's reaches."""
     with torch.random.fork_rng(devices=()):
@@ -151,6 +202,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     Raises:
         RuntimeError: Tensors or a generator are of the wrong device.
     """
+    if _waits is not None and _makes_host_wait(func, args, kwargs):
+        _count_wait()
     far: list[Tensor] = []
     beside: list[Tensor] = []
 

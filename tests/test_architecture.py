@@ -37,6 +37,7 @@ OF_NO_MODULE = {
     "tests/papers/test_fixed_texts.py": "embeddings of fixed texts, over all papers",
     "tests/papers/test_losses.py": "added losses, over all papers",
     "tests/papers/test_prompts.py": "missing texts, over all papers",
+    "tests/papers/test_steady_steps.py": "waits of the host in a steady step, over all papers",
     "tests/papers/test_seeds.py": "seeds of weights, over all papers",
     "tests/test_architecture.py": "imports, names and files of the repository",
     "tests/test_architecture_table.py": "the table of docs/architecture.md",

@@ -132,6 +132,20 @@ def test_a_stage_is_made_again_for_the_item_that_needs_it(
     assert json.loads(path.read_text())["items"]["dnf_sr/kontext_sft"] == before
 
 
+def test_memory_that_an_item_leaves_to_the_next_is_reported(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = iter([0.0, 1.5])
+    monkeypatch.setattr(program, "_allocated", lambda device: next(left))
+    monkeypatch.setattr(program, "_step", lambda item, place: {"batches": {}})
+    call = ["--device", "cpu", "--tiny", "--results", str(tmp_path), "--only", "rfsr/seesr, early", "rfsr/seesr, late"]
+    assert program.main(call) == 0
+    (path,) = tmp_path.glob("*_tiny.json")
+    found = json.loads(path.read_text())["items"]
+    assert [item.get("allocated_before_gb") for item in found.values()] == [None, 1.5]
+    assert "late: warning: 1.5 GB are still allocated" in capsys.readouterr().out
+
+
 def test_torchs_warnings_of_a_wait_are_counted_by_line(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)

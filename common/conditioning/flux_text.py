@@ -80,7 +80,7 @@ def encode_flux_prompts(
     while len(_cache) > (_SMALL_CACHE_SIZE if keep or folder else _CACHE_SIZE):
         _cache.popitem(last=False)
     columns = zip(*(found[prompt] for prompt in prompts), strict=True)
-    return FluxText(*(torch.stack(column).to(device) for column in columns))
+    return FluxText(*(torch.stack(column).to(device, non_blocking=True) for column in columns))
 
 
 def cache_flux_prompts(

@@ -54,7 +54,7 @@ def encode_prompts(
         _cache.move_to_end((pretrained, prompt))
     while len(_cache) > _CACHE_SIZE:
         _cache.popitem(last=False)
-    return torch.stack([found[prompt] for prompt in prompts]).to(device)
+    return torch.stack([found[prompt] for prompt in prompts]).to(device, non_blocking=True)
 
 
 def text_fingerprint(pretrained: str) -> str:

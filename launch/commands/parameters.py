@@ -1,4 +1,4 @@
-"""`isr parameters CONFIG [OVERLAY ...] [--inference] [--json]`: how large a configuration is, network by network."""
+"""`isr parameters CONFIG [OVERLAY ...] [--inference | --memory] [--json]`: how large a configuration is."""
 
 from __future__ import annotations
 
@@ -22,17 +22,28 @@ def run(command: str, argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files, later ones over earlier ones")
-    parser.add_argument("--inference", action="store_true", help="only what a prediction builds")
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="CONFIG", help="the same, as for isr fit"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--inference", action="store_true", help="only what a prediction builds")
+    what.add_argument("--memory", action="store_true", help="also the memory that training holds, without activations")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     options, overrides = parser.parse_known_args(list(argv))
-    if not options.configs:
+    configs = [*options.configs, *options.config]
+    if not configs:
         raise UsageError(f"no config given; e.g. isr {command} papers/dfosd/configs/sd21.yaml")
+    from launch import memory
     from launch.parameters import build, class_path, summary, table  # takes seconds, which --help need not
 
-    model = build(options.configs, overrides, options.inference)
+    model = build(configs, overrides, options.inference)
     counted = summary(model)
+    planned = memory.report(model, configs, overrides) if options.memory else None
     if options.json:
-        print(json.dumps({"model": class_path(model), "configs": options.configs, **counted}, indent=2))
+        more = {} if planned is None else {"memory": planned}
+        print(json.dumps({"model": class_path(model), "configs": configs, **counted, **more}, indent=2))
     else:
         print(table(class_path(model), counted))
+        if planned is not None:
+            print("", memory.table(planned), sep="\n")
     return 0

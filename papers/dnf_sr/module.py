@@ -168,7 +168,8 @@ class FlowRestorer(RestorationModule):
                 row = replace(row, name=f"{row.name} ({layers} layers)")
             rows.append(row)
         for name, encoder in flux_text_encoders(self.pretrained).items():
-            rows.append(Row(f"{name} of {self.pretrained}", "text", count(encoder).total, 0))
+            size = next(encoder.parameters()).element_size()
+            rows.append(Row(f"{name} of {self.pretrained}", "text", count(encoder).total, 0, size))
         return rows
 
     def memory_plan(self) -> dict[str, int]:

@@ -266,7 +266,8 @@ def diff_augment(
     x = colour(x, brightness - 0.5, 2 * saturation, contrast + 0.5)
     height, width = x.shape[-2:]
     rows, columns = _share(height, translation), _share(width, translation)
-    down, right = draws.integers(f"{stream}/down", -rows, rows), draws.integers(f"{stream}/right", -columns, columns)
+    host = draws.on_host  # a shift is a padding, whose size is no tensor
+    down, right = host.integers(f"{stream}/down", -rows, rows), host.integers(f"{stream}/right", -columns, columns)
     x = translate(x, down, right)
     size = _share(height, cutout_side), _share(width, cutout_side)
     row = draws.integers(f"{stream}/row", 0, height - size[0] % 2)

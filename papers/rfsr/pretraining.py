@@ -157,5 +157,5 @@ class BaseSR(RestorationModule):
 
     def dropped(self, texts: list[str], draws: Draws) -> list[str]:
         """The texts, of which a share `prompt_dropout` is made empty."""
-        drop = draws.uniform("condition") < self.prompt_dropout
+        drop = draws.on_host.uniform("condition") < self.prompt_dropout
         return ["" if gone else text for gone, text in zip(drop, texts, strict=True)]
