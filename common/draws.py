@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,11 @@ class Draws:
     def _stack(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         drawn = torch.stack([draw(generator(self.seed, stream, index)) for index in self.index])
         return drawn.to(self.device, non_blocking=True)  # from memory that is not pinned CUDA takes a copy at once
+
+
+def places(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The samples' places in the data, `index`, of a batch that has them."""
+    return {"index": batch["index"]} if "index" in batch else {}
 
 
 def counted_index(size: int, batches: int, processes: int, rank: int) -> Tensor:

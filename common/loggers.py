@@ -1,4 +1,4 @@
-"""Images for the loggers of a run: each logger has its own call, and some have none."""
+"""Images for the loggers of a run, of which each has its own call and some have none; numbers for the progress bar."""
 
 from __future__ import annotations
 
@@ -13,6 +13,32 @@ from common.images import write_png
 from common.metrics import to_uint8
 
 log = logging.getLogger(__name__)
+
+
+class BarNumbers:
+    """Training's numbers in the progress bar, which they reach when they are logged.
+
+    Lightning itself reads the bar's numbers in each step, for which the host waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def taken(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `LightningModule.log` for a number; training's are means over all processes, without the bar."""
+        if not name.startswith("train/"):
+            return arguments
+        if arguments.get("prog_bar"):
+            self._names.add(name)
+        return {**arguments, "sync_dist": True, "prog_bar": False}
+
+    def update(self, trainer: Any) -> None:
+        """Bring the present step's numbers into the bar if it is one that logs, each `trainer.log_every_n_steps`."""
+        connector = trainer._logger_connector
+        if self._names and connector.should_update_logs:
+            values = trainer.callback_metrics
+            shown = {name: float(values[name]) for name in sorted(self._names) if name in values}
+            connector._progress_bar_metrics.update(shown)
 
 
 def show_image(trainer: Any, name: str, image: Tensor, folder: Path) -> None:

@@ -30,11 +30,11 @@ from common.checkpoints import (
 )
 from common.conditioning.fixed_texts import FixedTexts
 from common.datainfo import DataInfo
-from common.draws import Draws, counted_index
+from common.draws import Draws, counted_index, places
 from common.ema import EMA
 from common.guard import StepGuard
 from common.images import as_float
-from common.loggers import show_image
+from common.loggers import BarNumbers, show_image
 from common.output import Output, name_of_run
 from common.parameters import Row, rows_of
 from common.precision import FrozenDtype, TestPrecision, log_precision
@@ -73,6 +73,7 @@ class TrainingModule(LightningModule):
         guard: Stops a fit at a loss or gradient that is not finite.
         updates: Updates of the optimisers.
         output: Where a command writes.
+        bar: Training's numbers in the progress bar.
     """
 
     trainable: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -92,16 +93,15 @@ class TrainingModule(LightningModule):
         frozen_dtype: FrozenDtype = "float32",
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False  # the frozen base is not in checkpoints; on_load_checkpoint checks the rest
+        # checkpoints hold no frozen base; on_load_checkpoint checks the rest
+        self.automatic_optimization = self.strict_loading = False
         self.seed, self.clip, self.accumulate, self.frozen_dtype = seed or 0, clip, accumulate, frozen_dtype
         self.ema = EMA(ema_decay) if ema_decay is not None else None
         self.register_buffer("train_step", torch.zeros((), dtype=torch.long))
         self._steps = 0  # train_step on the host: to read the device's would make it wait
         self._has_networks = self._has_training = False  # what `configure_model` has built
         self.stages, self.fixed_texts = EarlierStages(), FixedTexts()
-        self.guard, self.updates, self.output = StepGuard(), Updates(accumulate), Output()
-        self._in_bar: set[str] = set()  # names of training's numbers that the progress bar shows
+        self.guard, self.updates, self.output, self.bar = StepGuard(), Updates(accumulate), Output(), BarNumbers()
 
     # Networks
 
@@ -175,10 +175,9 @@ class TrainingModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the output; refuse a fit, and warn of other commands, whose texts the data does not have."""
-        stage = TrainerFn(stage).value
-        self.output.check(stage, self)
+        self.output.check(TrainerFn(stage).value, self)
         log_precision(str(self.trainer.precision), self.test_precision)
-        self.data_info.check_texts(stage, self)
+        self.data_info.check_texts(TrainerFn(stage).value, self)
 
     # Training
 
@@ -215,30 +214,14 @@ class TrainingModule(LightningModule):
 
     def draws(self, batch: Batch) -> Draws:
         """Random numbers for this batch that resume and several processes reproduce."""
-        index = batch.get("index")
-        if index is None:
-            index = counted_index(len(batch["lq"]), self._steps - 1, self.trainer.world_size, self.global_rank)
+        if "index" in batch:
+            return Draws(self.seed, batch["index"], self.device)
+        index = counted_index(len(batch["lq"]), self._steps - 1, self.trainer.world_size, self.global_rank)
         return Draws(self.seed, index, self.device)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, but training's numbers are means over all processes: what one process with all samples logs.
-
-        Lightning reads the progress bar's numbers in each step, for which the host waits for the device. So the bar
-        gets them when they are logged, every `trainer.log_every_n_steps` steps.
-        """
-        if name.startswith("train/"):
-            kwargs["sync_dist"] = True
-            if kwargs.pop("prog_bar", False):
-                self._in_bar.add(name)
-        super().log(name, value, *args, **kwargs)
-
-    def _update_bar(self) -> None:
-        """Bring the present step's numbers into the progress bar if it is one that logs."""
-        connector = self.trainer._logger_connector
-        if self._in_bar and connector.should_update_logs:
-            values = self.trainer.callback_metrics
-            shown = {name: float(values[name]) for name in sorted(self._in_bar) if name in values}
-            connector._progress_bar_metrics.update(shown)
+        """Lightning's, but training's numbers are means over all processes: what one process with all samples logs."""
+        super().log(name, value, *args, **self.bar.taken(name, kwargs))
 
     def show_image(self, name: str, image: Tensor) -> None:
         """Give an image (3,H,W) in [0,1] to every logger that takes images, else to the run's folder."""
@@ -248,8 +231,7 @@ class TrainingModule(LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Bring a batch to the device, but for `index`, which only the host reads."""
-        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return moved | {key: batch[key] for key in ("index",) if key in batch}
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), **places(batch)}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Convert images, which come as uint8, to float in [0,1]."""
@@ -280,7 +262,7 @@ class TrainingModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Show the step's numbers in the bar, and stop if the step before this one was not finite."""
-        self._update_bar()
+        self.bar.update(self.trainer)
         self.guard.end(agreed=not self.is_accumulating)
 
     def on_train_end(self) -> None:

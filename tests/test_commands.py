@@ -130,7 +130,7 @@ def test_a_printed_command_is_understood(words: list[str], place: Path, monkeypa
     if command in LIGHTNING:
         assert ParseOnly([command, *rest]).config[command].model.class_path
     elif command == "parameters":
-        assert rest[1:] in ([], ["--inference"])
+        assert rest[1:] in ([], ["--inference"], ["--memory"])
         parameters.parse(rest[:1])
     elif command == "compare":
         options = compare._parser(command).parse_args(rest)

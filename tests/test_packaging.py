@@ -73,7 +73,7 @@ def test_every_module_imports_without_the_optional_metrics() -> None:
 
 class TestRequirements:
     def test_whatever_the_code_imports_is_required_by_name(self) -> None:
-        required = set(requirements("core")) | {"pyiqa", "spandrel"}
+        required = set(requirements("core")) | {"pyiqa", "spandrel", "timm"}
         providers = packages_distributions()
         missing = set()
         for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
@@ -87,7 +87,7 @@ class TestRequirements:
 
     def test_every_requirement_is_pinned_within_its_bounds(self) -> None:
         pinned = pins()
-        for name, requirement in requirements("core", "dev", "metrics", "compare").items():
+        for name, requirement in requirements("core", "dev", "metrics", "compare", "tagger").items():
             assert name in pinned
             assert requirement.specifier.contains(pinned[name]), f"{requirement} against {pinned[name]}"
 

@@ -50,6 +50,7 @@ _NOISE = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on torch 2.15
     ".*module.s. in eval mode at the start of training.*",  # the frozen base is meant to be
     ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # on purpose: uint8 becomes float on the device
+    ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose: `index` stays on the host
     ".*does not have many workers.*",  # the embedded photos are quick to degrade; SRData has num_workers=4
     ".*Using ModelCheckpoint with manual optimization.*",  # its checkpoint holds the weights after the step
     ".*but returned no dataloaders.*",  # no validation set was asked for
