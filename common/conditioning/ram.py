@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from common.autoencoder import no_autocast
 from common.checkpoints import read_tensors
+from common.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
 
 RAM_FILE, DAPE_FILE = "ram_swin_large_14m.pth", "DAPE.pth"
 TAG_FILE, THRESHOLD_FILE = "ram_tag_list.txt", "ram_tag_list_threshold.txt"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _RANK = 8  # of DAPE's LoRA; its alpha is loralib's 1
 _DOWNSAMPLE = re.compile(r"^visual_encoder\.layers\.(\d+)\.downsample\.")
 _LEFT_OUT = re.compile(
@@ -131,7 +131,7 @@ class RAM(nn.Module):
         """Tag images (B,3,h,w) in [0,1] of any size; they are resized without antialiasing, as SeeSR's script does."""
         side = (self.image_size, self.image_size)
         x = F.interpolate(x_01, side, mode="bilinear", align_corners=False)
-        x = (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+        x = (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
         patches = self.visual_encoder.forward_features(x).flatten(1, 2)
         e_img = self.image_proj(torch.cat([patches.mean(1, keepdim=True), patches], 1))
         embedded = F.relu(self.wordvec_proj(self.label_embed)).expand(len(x), -1, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -14,18 +13,9 @@ from PIL import Image
 from data.decoding import IMAGE_EXTENSIONS, ImageError, image_size, is_image, read_image
 from data.sources import list_images
 
+from .orientation import UPRIGHT
+
 ORIENTATION = 0x0112
-# What a viewer does with a stored array for each EXIF value (JEITA CP-3451, table of the Orientation tag)
-UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a, 1),
-}
 
 
 @pytest.fixture

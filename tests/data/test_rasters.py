@@ -16,21 +16,12 @@ import tifffile
 from data import rasters
 from data.decoding import ImageError, image_size, read_image
 
+from .orientation import UPRIGHT
+
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 CHANNELS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}
 UNSPECIFIED, ASSOCIATED, UNASSOCIATED = 0, 1, 2
 NONE, LZW, DEFLATE, PACKBITS = 1, 5, 8, 32773
-# What a viewer does with a stored array for each value (TIFF 6.0, tag Orientation)
-UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a, 1),
-}
 
 
 def as_bits(values: np.ndarray, bits: int, order: str = ">") -> bytes:

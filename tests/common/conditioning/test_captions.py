@@ -1,4 +1,4 @@
-"""Captions: small random BLIP and LLaVA-OneVision models, and what is said when a model cannot be had."""
+"""Captions: small random BLIP and LLaVA-OneVision models, and the errors where a model is missing."""
 
 import time
 import urllib.error

@@ -1,6 +1,7 @@
 """DINOv2 features: what transformers' own model says of an image prepared by hand, and how many tokens that is."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -226,17 +227,8 @@ class TestWeights:
             DinoFeatures(str(tmp_path))
         assert "\n" not in str(caught.value)
 
-    def test_the_root_of_a_repository_is_fetched(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = []
-
-        def snapshot(repo: str, local_files_only: bool = False, allow_patterns: list[str] | None = None) -> str:
-            if local_files_only:
-                raise FileNotFoundError(repo)
-            asked.extend(allow_patterns or [])
-            return str(folder)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-        monkeypatch.setattr(sources, "_raise_without_network", lambda repo, subfolder: None)
+    def test_the_root_of_a_repository_is_fetched(self, folder: Path, serve: Callable[[Path], list[str]]) -> None:
+        asked = serve(folder)
         assert DinoFeatures("someone/small").width == 16
         assert {"*.json", "model.safetensors"} <= set(asked)
         assert not [pattern for pattern in asked if pattern.startswith("/")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from torch.testing import assert_close
-from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from common.conditioning import flux_text as module
 from common.conditioning.flux_text import (
@@ -22,6 +22,8 @@ from common.conditioning.flux_text import (
 from common.loading import architecture_only, load_text_encoder, models
 from common.parameters import count
 
+from ..networks import write_text_encoder
+
 KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
 PROMPTS = ["a cat", "", "a very long prompt " * 5]
 
@@ -31,18 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two small random encoders in FLUX's layout, with byte-level tokenizers."""
     root = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    clip = CLIPTextConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    CLIPTextModel(clip).save_pretrained(root / "text_encoder")
-    ByT5Tokenizer(model_max_length=32).save_pretrained(root / "tokenizer")
+    write_text_encoder(root, bos_token_id=0, eos_token_id=1)
     t5 = T5Config(
         vocab_size=384,
         d_model=24,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from common.conditioning.captions import Captioner
-from common.conditioning.ram import MEAN, RAM, STD, RamTagger, merged
+from common.conditioning.ram import RAM, RamTagger, merged
 
 from ...ram_files import TAGS, dape_weights, ram_weights, sizes, write_folder
 
@@ -52,7 +52,8 @@ def test_it_has_the_published_size() -> None:
 def test_tokens_are_the_patches_mean_and_the_patches_and_logits_follow_the_equations(ram: dict[str, Tensor]) -> None:
     found, x = network(ram), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     logits, e_img = found(x)
-    normalised = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    normalised = (x - mean) / std
     patches = found.visual_encoder.forward_features(normalised).reshape(2, 16, 16)
     tokens = torch.cat([patches.mean(1, keepdim=True), patches], 1) @ ram["image_proj.weight"].T
     assert_close(e_img, tokens + ram["image_proj.bias"])

@@ -13,22 +13,15 @@ from common.conditioning import text as module
 from common.conditioning.text import LearnedEmbedding, encode_prompts, forget_prompts
 from common.loading import architecture_only, load_text_encoder
 
+from ..networks import write_text_encoder
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded foundation's kind: a byte-level tokenizer and a small CLIP text model of 32 positions."""
     root = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    CLIPTextModel(config).save_pretrained(root / "text_encoder")
-    ByT5Tokenizer().save_pretrained(root / "tokenizer")  # says nothing of a length: the encoder's must cap it
+    write_text_encoder(root, length=None)
     return str(root)
 
 

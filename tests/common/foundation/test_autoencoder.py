@@ -24,7 +24,7 @@ def test_the_pooled_term_is_blind_to_texture_whose_mean_is_right() -> None:
 
 
 def test_latent_noise_is_up_to_its_share_of_each_channels_deviation(monkeypatch) -> None:
-    """What the decoder gets, less the posterior's sample, against the latents' standard deviation; 0 adds none."""
+    """The decoder's input less the posterior's sample, as a share of the latents' standard deviation; 0 adds none."""
     batch = {"hq": torch.stack([item["hq"] for item in GridCrops("val", 64)][:32])}
     shares = {}
     for strength in (0.0, 0.3):

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
-from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel
 
-from ..networks import small_unet
+from ..networks import small_unet, write_text_encoder
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +17,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_unet(sample_size=8).half().save_pretrained(root / "unet")
     AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16).save_pretrained(root / "vae")
     DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(root / "scheduler")
-    text = CLIPTextConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    CLIPTextModel(text).save_pretrained(root / "text_encoder")
-    ByT5Tokenizer(model_max_length=32).save_pretrained(root / "tokenizer")
+    write_text_encoder(root, layers=1)
     return root

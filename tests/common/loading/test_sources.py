@@ -1,8 +1,9 @@
-"""Sources of weights: the cache, the hub, and what is said when weights are missing."""
+"""Sources of weights: the cache, the hub, and the errors where weights are missing."""
 
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -76,18 +77,9 @@ class TestHub:
             load_vae("stabilityai/stable-diffusion-2-1-base")
 
     def test_only_the_part_asked_for_is_fetched_and_no_half_precision_copy(
-        self, folder: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, empty_cache: Path, serve: Callable[[Path], list[str]]
     ) -> None:
-        asked = []
-
-        def snapshot(repo: str, local_files_only: bool = False, allow_patterns: list[str] | None = None) -> str:
-            if local_files_only:
-                raise FileNotFoundError(repo)
-            asked.extend(allow_patterns or [])
-            return str(folder)
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-        monkeypatch.setattr(sources, "_raise_without_network", lambda repo, subfolder: None)
+        asked = serve(folder)
         load_vae("someone/small")
         assert {pattern.split("/")[0] for pattern in asked} == {"vae"}
         matched = [p for p in asked if Path("vae/diffusion_pytorch_model.fp16.safetensors").match(p)]

@@ -10,36 +10,17 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from torch import Tensor
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 from common.conditioning.text import encode_prompts
 from common.loading import load_unet
 from papers.rfsr import RFSR, BaseSR, ControlNet, SeeSR, Untagged, base_models
-from papers.rfsr.base_models import Base, Description, TileConditions
+from papers.rfsr.base_models import Base
 from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
+from .steps import Batch, Make, described, low, see, upsampled
+
 TAGS = ["roof, tree", "dog, grass"]
-Batch = dict[str, Any]
-Make = Callable[..., RFSR]
-
-
-def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> TileConditions:
-    texts, e_img = model.base.look(x_lq, prompts)
-    return model.see(x_lq, texts, e_img)
-
-
-def described(base: Base, x_lq: Tensor, prompts: list[str]) -> Description:
-    texts, e_img = base.look(x_lq, prompts)
-    return base.describe(texts, e_img, x_lq.device)
-
-
-def low(batch: Batch) -> Tensor:
-    return batch["lq"].float() / 255
-
-
-def upsampled(x_01: Tensor) -> Tensor:
-    return F.interpolate(x_01, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def record(model: Any) -> dict[str, list[tuple[Any, ...]]]:

@@ -25,42 +25,19 @@ from common.loading import WeightsNotFoundError
 from common.losses import GramKL, dwt_low
 from papers.rfsr import RFSR, BaseSR, Untagged
 from papers.rfsr import module as rfsr_module
-from papers.rfsr.base_models import Base, Description, TileConditions
+from papers.rfsr.base_models import Base
 from papers.rfsr.seesr import SeeSRControlNet, SeeSRUNet
 
-ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+from .steps import ABAR, Batch, Make, described, high, low, see, upsampled
+
 ADAM = partial(torch.optim.Adam, lr=1e-2, eps=1e-30)  # moves whatever has a gradient
 EARLY, LATE = 2, 5  # of five steps: t = 601 and 1
 BOTH = {"t_early_min": 0, "t_late_max": 999}
-Batch = dict[str, Any]
-Make = Callable[..., RFSR]
 Disturb = Callable[..., RFSR]
 
 
 def level(t: int) -> tuple[float, float]:
     return math.sqrt(ABAR[t]), math.sqrt(1 - ABAR[t])
-
-
-def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> TileConditions:
-    texts, e_img = model.base.look(x_lq, prompts)
-    return model.see(x_lq, texts, e_img)
-
-
-def described(base: Base, x_lq: Tensor, prompts: list[str]) -> Description:
-    texts, e_img = base.look(x_lq, prompts)
-    return base.describe(texts, e_img, x_lq.device)
-
-
-def low(batch: Batch) -> Tensor:
-    return batch["lq"].float() / 255
-
-
-def high(batch: Batch) -> Tensor:
-    return batch["hq"].float() / 255
-
-
-def upsampled(x_01: Tensor) -> Tensor:
-    return F.interpolate(x_01, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 @dataclass

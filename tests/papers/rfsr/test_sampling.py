@@ -13,25 +13,14 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from common.draws import Draws, generator
-from papers.rfsr import RFSR, BaseSR
-from papers.rfsr.base_models import Base, Description, TileConditions
+from papers.rfsr import RFSR
+from papers.rfsr.base_models import Base, TileConditions
 from papers.rfsr.sampling import advance, bands, make_sampler, trained_steps
 
-ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+from .steps import ABAR, Batch, Make, described, see
+
 CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DIFFBIR = sorted({round(i * 999 / 49) for i in range(50)}, reverse=True)  # its SpacedSampler's, of 50 steps
-Batch = dict[str, Any]
-Make = Callable[..., RFSR]
-
-
-def see(model: BaseSR, x_lq: Tensor, prompts: list[str]) -> TileConditions:
-    texts, e_img = model.base.look(x_lq, prompts)
-    return model.see(x_lq, texts, e_img)
-
-
-def described(base: Base, x_lq: Tensor, prompts: list[str]) -> Description:
-    texts, e_img = base.look(x_lq, prompts)
-    return base.describe(texts, e_img, x_lq.device)
 
 
 def timesteps(kind: Any, steps: int, spacing: Any) -> list[int]:
